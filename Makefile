@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+.PHONY: help run lab test readme docs clean
+.DELETE_ON_ERROR:
+
+ACTIVATE = PATH="$(CURDIR)/.venv/bin:$$PATH"
+PIP = .venv/bin/python -m pip --disable-pip-version-check
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+run: .venv/.installed  ## the main job on the bundled model, into runs/induction
+	@.venv/bin/subspace-circuits run --out runs/induction
+
+lab: .venv/.installed  ## JupyterLab on the notebooks, cleaning them on save (ARGS=--allow-root in a container)
+	@cd nbs && $(ACTIVATE) jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)
+
+test: .venv/.installed  ## every notebook's tests, then pytest
+	@$(ACTIVATE) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
+	@$(ACTIVATE) OMP_NUM_THREADS=1 pytest -q tests
+
+readme: .venv/.installed  ## README.md from nbs/index.ipynb
+	@.venv/bin/python .ci/readme.py
+
+# The README comes first: nbdev_docs writes its own only where README.md is older than the notebook.
+docs:  ## the website, into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: see https://quarto.org/docs/get-started' >&2; exit 1; }
+	@$(MAKE) --no-print-directory readme
+	@$(ACTIVATE) nbdev_docs
+
+clean:  ## remove built pages and caches (keeps .venv and runs)
+	rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml .pytest_cache
+	find nbs subspace_circuits tests \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+# torch goes first and alone at its pinned version: resolving a bare `torch` may pull gigabytes of GPU packages.
+.venv/.installed: settings.ini setup.py constraints.txt
+	@python=; for p in python3.11 python3 python; do \
+	  if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$p; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo 'Python 3.11 or newer is needed, as python3.11 or python3 on PATH.' >&2; exit 1; fi; \
+	[ -x .venv/bin/python ] || $$python -m venv .venv
+	@echo 'Installing into .venv (a few minutes the first time).'
+	@$(PIP) install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install -q -c constraints.txt --use-pep517 -e '.[dev]'
+	@touch $@
