@@ -22,9 +22,12 @@ readme: .venv/.installed  ## README.md from nbs/index.ipynb
 	@.venv/bin/python .ci/readme.py
 
 # The README comes first: nbdev_docs writes its own only where README.md is older than the notebook.
+# Figures load plotly from the site itself, so that they show offline.
 docs:  ## the website, into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: see https://quarto.org/docs/get-started' >&2; exit 1; }
 	@$(MAKE) --no-print-directory readme
+	@mkdir -p nbs/assets
+	@.venv/bin/python -c "from plotly.offline import get_plotlyjs; print(get_plotlyjs())" > nbs/assets/plotly.min.js
 	@$(ACTIVATE) nbdev_docs
 
 clean:  ## remove built pages and caches (keeps .venv and runs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Partition', 'split', 'patch', 'between_class', 'variable_shares', 'nearest', 'neighbor_distance', 'ndm', 'units',
-           'choose_pool', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases', 'complement',
-           'assign', 'search', 'determination', 'find_partition', 'name_subspaces', 'mutual_information',
+           'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases', 'complement', 'assign', 'search',
+           'determination', 'explained', 'vote', 'find_partition', 'name_subspaces', 'mutual_information',
            'mutual_information_matrix', 'save_partition', 'load_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
@@ -142,21 +142,6 @@ def units(d:int)->list[int]:
     "Cut `d` dimensions into about eight units of at least two."
     u = max(2, d//8)
     return [u]*(d//u) + ([d % u] if d % u else [])
-
-# %% ../nbs/02_partition.ipynb #choose-pool
-def choose_pool(
-    h:Float[Tensor, "row d"], # Activations, centred
-    generator:torch.Generator, pools:tuple=(64, 256, 1024, 4096), # Scales to try
-)->tuple[int, dict[int, float]]: # The best scale; objective after over before, for each
-    "Choose the scale at which independence is judged, by short searches at several."
-    sizes, d, gain = units(h.shape[1]), h.shape[1], {}
-    for pool in [o for o in pools if o + 1000 <= len(h)]:
-        start = torch.linalg.qr(torch.randn(d, d, generator=generator))[0]
-        end = ndm(h, sizes, pool, generator, steps=100, basis=start)
-        after, before = (neighbor_distance(h, o, sizes, pool, generator).mean() for o in (end, start))
-        gain[pool] = round((after/before).item(), 3)
-    if not gain: raise ValueError(f"{len(h)} activations are fewer than a pool of {pools[0]} and 1000 queries: capture more")
-    return min(gain, key=gain.get), gain
 
 # %% ../nbs/02_partition.ipynb #determined
 def determined(
@@ -316,37 +301,56 @@ def determination(
     return torch.tensor([[((b.T@c@b).trace()/(b.T@total@b).trace()).item() for b in partition.bases.values()] for c in covs])
 
 # %% ../nbs/02_partition.ipynb #find-partition
+def explained(site:WhiteSite, bases:list[Float[Tensor, "d k"]])->float:
+    "Share of the variance of a site inside some orthogonal bases."
+    return sum(((b.T@site.cov@b).trace()/site.cov.trace()).item() for b in bases)
+
+def vote(site:WhiteSite, tries:list, seed:int)->tuple[list, dict]:
+    "Choose among restarts: enough variance, then the most frequent count, then the smallest objective; with the evidence."
+    held = [explained(site, o) for o in tries]
+    able = [o for o, e in zip(tries, held) if e >= .95*max(held)]
+    counts = [len(o) for o in able]
+    count = max(sorted(set(counts)), key=counts.count)
+    able, d = [o + [complement(o, len(site.cov))] for o in able if len(o) == count], len(site.cov)
+    def objective(bases):
+        sizes = [b.shape[1] for b in bases if b.shape[1]]
+        return neighbor_distance(site.h, torch.cat(bases, 1), sizes, min(1024, len(site.h)//2), torch.Generator().manual_seed(seed), n=min(1000, len(site.h)//2)).sum().item()
+    scores = [objective(o) for o in able]
+    info = dict(counts=[len(o) for o in tries], explained=[round(o, 3) for o in held], agree=f"{len(able)} of {len(counts)}", objective=round(min(scores), 4))
+    return able[scores.index(min(scores))], info
+
+# %% ../nbs/02_partition.ipynb #find-partition-2
 def find_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site
     site:str, # Its hook name
-    seed:int=0, restarts:int=3, # Searches from different random rotations
+    seed:int=0,
+    pools:tuple=(64, 256, 1024, 2048), # Scales to search at, one restart each
     weights:str="", # Fingerprint of the model, kept in the partition
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest if something is left
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
-    generator, white = torch.Generator().manual_seed(seed), WhiteSite(h)
-    pool, gain = choose_pool(white.h, generator)
-    white.keys = min(4*pool, white.keys)
-    tries = [search(white, pool, generator) for _ in tqdm(range(restarts), desc=f"partition {site}")]
-    counts = [len(o) for o in tries]
-    count = max(sorted(set(counts)), key=counts.count)
-    full = [o + [complement(o, h.shape[1])] for o in tries if len(o) == count]
-    objective = [sum(neighbor_distance(white.h, torch.cat(o, 1), [b.shape[1] for b in o if b.shape[1]], pool, torch.Generator().manual_seed(seed))).item() for o in full]
-    best = full[objective.index(min(objective))]
+    if len(h) < 4*min(pools): raise ValueError(f"{len(h)} activations of {site} are fewer than {4*min(pools)}, four of the smallest pool: capture more")
+    generator, white, tries = torch.Generator().manual_seed(seed), WhiteSite(h), []
+    pools = [o for o in pools if 4*o <= len(h)]
+    for pool in tqdm(pools, desc=f"partition {site}"):
+        white.keys = min(4*pool, 6000)
+        tries.append(search(white, pool, generator))
+    best, evidence = vote(white, tries, seed)
     subspaces = sorted(best[:-1], key=lambda b: -(b.T@white.cov@b).trace().item())
     bases = {f"s{i}": b for i, b in enumerate(subspaces)} | ({"rest": best[-1]} if best[-1].shape[1] else {})
-    info = dict(method="ndm", seed=seed, rows=len(h), weights=weights, pool=pool, gain={str(k): v for k, v in gain.items()}, counts=counts,
-                agree=counts.count(count)/restarts, objective=round(min(objective), 4))
-    return Partition(bases, site, white.mean, info)
+    return Partition(bases, site, white.mean, dict(method="ndm", seed=seed, rows=len(h), weights=weights, pools=pools, **evidence))
 
 # %% ../nbs/02_partition.ipynb #name
 def name_subspaces(
-    partition:Partition, shares:dict[str, dict[str, float]], # From `variable_shares`
+    partition:Partition, h:Float[Tensor, "row d_model"], # Activations of its site
+    labels:dict[str, Int[Tensor, "row"]], # Variable to classes, -1 where undefined
 )->Partition: # The same subspaces, those with evidence renamed
-    "Name each subspace after the variable it holds more than half of; of two such variables, the one it holds more of."
-    names = {}
-    for s, held in shares.items():
-        best = max(held, key=held.get, default=None)
-        names[s] = best if best and held[best] > .5 and s != "rest" and best not in names.values() else s
+    "Name subspaces after known variables."
+    held, names = variable_shares(partition, h, labels), {}
+    for s, P in partition.bases.items():
+        explains = {k: ((P.T@between_class(h, v)@P).trace()/(P.T@torch.cov(h[v >= 0].T)@P).trace()).item()
+                    for k, v in labels.items() if held[s][k] > .5}
+        best = max(explains, key=explains.get, default=s)
+        names[s] = s if s == "rest" or best in names.values() else best
     return Partition({names[k]: v for k, v in partition.bases.items()}, partition.site, partition.mean, partition.info)
 
 # %% ../nbs/02_partition.ipynb #mi

@@ -1,0 +1,94 @@
+"The command line: one verb a stage; each only calls the modules."
+import json, sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Which subspaces of a transformer carry which variable, and how the weights move them.")
+Out = Annotated[Path, typer.Option(help="Folder to write; resumed if it holds the same job, refused if it holds anything else.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Refuse to start anew: there must be something to continue.")]
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
+    "List the bundled models."
+    from subspace_circuits.toy_models import model_configs
+    configs = {k: {x: v[x] for x in ("description", "task", "accuracy")} for k, v in model_configs().items()}
+    if as_json: return print(json.dumps(configs, indent=1))
+    for k, v in configs.items(): print(f"{k}: {v['description']}; accuracy " + ", ".join(f"{a:.3f} at length {n}" for n, a in v["accuracy"].items()))
+
+
+@app.command()
+def run(model: Annotated[str, typer.Argument(help="A bundled model, or a folder with config.json and model.safetensors.")] = "induction", *,
+        out: Out, seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
+    "The main job: capture, partition, circuit, report."
+    from subspace_circuits.pipeline import run
+    metrics = run(model, out, seed, overwrite, resume)
+    full, kept = (metrics["accuracy"][o] for o in ("full", "keep_only"))
+    print(f"{metrics['circuit']['n_edges']} of {metrics['circuit']['n_candidates']} edges kept; accuracy "
+          + ", ".join(f"{kept[k]:.3f} (full {full[k]:.3f}) at length {k}" for k in full) + f"; {sum(metrics['seconds'].values()):.0f} s")
+    print(f"report: {out/'report.html'}")
+
+
+@app.command()
+def capture(model: Annotated[str, typer.Argument(help="A bundled model, or a folder.")], *, out: Out, seed: Seed = 0,
+            sites: Annotated[Optional[str], typer.Option(help="Hook names, separated by commas; every residual site if not given.")] = None,
+            shards: Annotated[int, typer.Option(help="Number of shards.")] = 6,
+            sequences: Annotated[int, typer.Option(help="Sequences per shard.")] = 128, resume: Resume = False, overwrite: Overwrite = False):
+    "Capture activations of a model over its task into a store."
+    from subspace_circuits.activations import capture
+    from subspace_circuits.toy_models import load_model
+    net, task, _ = load_model(model)
+    every = [f"blocks.{i}.hook_resid_{o}" for i in range(net.cfg.n_layers) for o in ("pre", "mid", "post")]
+    if resume and not (out/"store.json").exists(): raise ValueError(f"nothing to resume in {out}: it holds no store; leave out --resume to start one")
+    store = capture(net, task, sites.split(",") if sites else every, out, shards=shards, sequences=sequences, seed=seed, overwrite=overwrite)
+    print(f"{len(store)} rows of {len(store.sites)} sites in {out}")
+
+
+@app.command()
+def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *, site: Annotated[str, typer.Option(help="Hook name.")],
+              out: Out, seed: Seed = 0, overwrite: Overwrite = False):
+    "Find the subspaces of one site of a store, and how many there are."
+    from subspace_circuits.activations import ActivationStore
+    from subspace_circuits.partition import find_partition, load_partition, save_partition
+    acts = ActivationStore(store)
+    if site not in acts.sites: raise ValueError(f"no site {site!r} in {store}: use one of {', '.join(acts.sites)}")
+    weights = acts.info["capture"]["weights"]
+    if (out/"partition.json").exists() and not overwrite:
+        old = load_partition(out)
+        if (old.site, old.info["seed"], old.info["weights"]) != (site, seed, weights):
+            raise ValueError(f"{out} holds the partition of {old.site} with seed {old.info['seed']}: name another folder, or pass --overwrite")
+        return print(old)
+    if out.exists() and any(out.iterdir()) and not overwrite: raise ValueError(f"{out} holds something else: name an empty or a new folder")
+    found = find_partition(acts[site], site, seed, weights=weights)
+    save_partition(found, out)
+    print(found)
+
+
+def main():
+    "Exit 2 with one line for the user's mistake; a bug of ours shows its traceback and exits 1."
+    try: app()
+    except ValueError as e:
+        if not raised_here(e): raise
+        sys.exit(fail(e))
+    except KeyboardInterrupt: sys.exit(fail("interrupted: the same command continues where it stopped", 130))
+
+
+def raised_here(e: Exception) -> bool:
+    "Whether this package raised an error itself, with a message for the user."
+    last = e.__traceback__
+    while last.tb_next: last = last.tb_next
+    return Path(last.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+
+
+def fail(message, code: int = 2) -> int:
+    "Print one line and give the exit code."
+    print(f"subspace-circuits: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__": main()
