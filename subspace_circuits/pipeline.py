@@ -12,7 +12,7 @@ from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live
 from subspace_circuits.circuits import KeepOnly, divergence, find_circuit, read_site, to_graph, write_site
 from subspace_circuits.partition import (between_class, determination, find_partition, load_partition, mutual_information_matrix, name_subspaces,
-                                         save_partition, split, variable_shares)
+                                         save_partition, variable_shares)
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model
 
@@ -147,7 +147,7 @@ def site_evidence(store: ActivationStore, p, n_layers: int, seed: int) -> dict:
     present = {k: v for k, v in known.items() if presence[k] >= .05}
     return dict(
         summary=dict(n_subspaces=len(p.names) - ("rest" in p.names), objective=p.info["objective"], sizes=p.sizes, presence=presence,
-                     variables=variable_shares(p, h, present), variance={k: (v.var(0).sum()/total).item() for k, v in split(p, h).items()}, restarts=dict(counts=p.info["counts"]), null=null),
+                     variables=variable_shares(p, h, present), variance={k: (v.var(0).sum()/total).item() for k, v in p.split(h).items()}, restarts=dict(counts=p.info["counts"]), null=null),
         matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(), mutual_information_null=mi_null)))
 
 
