@@ -8,8 +8,7 @@ __all__ = ['read_site', 'write_site', 'divide', 'HeadMaps', 'qk_scores', 'ov_sco
            'budget_curve', 'prune', 'find_circuit', 'skip_shares', 'embed_shares', 'unembed_shares', 'to_graph']
 
 # %% ../nbs/03_circuits.ipynb #imports
-import json, math
-from pathlib import Path
+import math
 
 import networkx as nx
 import torch
@@ -297,7 +296,7 @@ def to_graph(
     for name, kind in (("tokens", "input"), ("positions", "input"), ("logits", "output")): G.add_node(name, kind=kind)
     for o in edges: _add_edge(G, o)
     first, final = partitions[read_site(0)], partitions[last]
-    add = lambda a, b, t, s, unit: G.add_edge(a, b, type=t, component=None, score=s, unit=unit, p=None) if s is None or s >= least else None
+    add = lambda a, b, t, s, unit: G.add_edge(a, b, type=t, component=None, score=s, unit=unit, p=None) if s >= least else None
     for source, table, ids in (("tokens", model.W_E, "token"), ("positions", model.W_pos, "position")):
         for name, s in zip(first.names, embed_shares(store, first, table.detach(), store.column(ids))): add(source, f"{first.site}/{name}", "embed", s, "share of variance")
     for name, s in zip(final.names, unembed_shares(model, store, final)): add(f"{last}/{name}", "logits", "unembed", s, "share of logit variance")
