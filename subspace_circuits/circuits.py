@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationStore, moments
 from .partition import Partition
-from .toy_models import UniqueCopy, accuracy
+from .toy_models import Task, accuracy
 
 # %% ../nbs/03_circuits.ipynb #sites
 def read_site(layer:int)->str:
@@ -210,7 +210,7 @@ class KeepOnly:
 @torch.no_grad()
 def divergence(
     model, keep, # Two models: tokens and `position_ids` to logits
-    task:UniqueCopy, lengths:tuple[int,int]=(0, 50), n:int=100, seed:int=1,
+    task:Task, lengths:tuple[int,int]|None=None, n:int=100, seed:int=1, # Shortest and longest list, the task's own if not given
 )->float: # Nats per scored position, model relative to keep
     "Mean KL divergence of the answers of two models."
     batch = task.sample(n, lengths, torch.Generator().manual_seed(seed))
@@ -219,7 +219,7 @@ def divergence(
 
 # %% ../nbs/03_circuits.ipynb #curve
 def budget_curve(
-    model:nn.Module, task:UniqueCopy, store:ActivationStore, partitions:dict[str, Partition], edges:list[dict], # From `candidate_edges`
+    model:nn.Module, task:Task, store:ActivationStore, partitions:dict[str, Partition], edges:list[dict], # From `candidate_edges`
     budgets:tuple=(.003, .01, .03, .1, .3, 1, 3, 10, math.inf), # Nats per head
     seed:int=1,
 )->list[dict]: # For each budget: epsilon, n_edges, kl, accuracy
@@ -233,7 +233,7 @@ def budget_curve(
 
 # %% ../nbs/03_circuits.ipynb #prune
 def prune(
-    model:nn.Module, task:UniqueCopy, store:ActivationStore, partitions:dict[str, Partition], edges:list[dict], # To start from
+    model:nn.Module, task:Task, store:ActivationStore, partitions:dict[str, Partition], edges:list[dict], # To start from
     tolerance:float=.001, # Largest KL, in nats per answer
     seed:int=1,
 )->list[dict]: # Edges none of which can be spared
@@ -245,7 +245,7 @@ def prune(
 
 # %% ../nbs/03_circuits.ipynb #find-circuit
 def find_circuit(
-    model:nn.Module, task:UniqueCopy, store:ActivationStore, partitions:dict[str, Partition], # By site
+    model:nn.Module, task:Task, store:ActivationStore, partitions:dict[str, Partition], # By site
     tolerance:float=.001, # Largest KL, in nats per answer
     seed:int=0,
 )->tuple[list[dict], dict]: # The kept edges; candidates, curve and choice

@@ -1,5 +1,5 @@
 "The command line: one verb a stage; each only calls the modules."
-import json, sys
+import json, re, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -15,11 +15,25 @@ Resume = Annotated[bool, typer.Option("--resume", help="Refuse to start anew: th
 
 @app.command()
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
-    "List the bundled models."
-    from subspace_circuits.toy_models import model_configs
-    configs = {k: {x: v[x] for x in ("description", "task", "accuracy")} for k, v in model_configs().items()}
-    if as_json: return print(json.dumps(configs, indent=1))
-    for k, v in configs.items(): print(f"{k}: {v['description']}; accuracy " + ", ".join(f"{a:.3f} at length {n}" for n, a in v["accuracy"].items()))
+    "List every model whose answer is known: trained and bundled, planted on demand, and toys trained on demand."
+    from subspace_circuits.known_circuits import known_families
+    from subspace_circuits.toy_models import RESIDUAL_MLPS, TOYS, model_configs, new_task
+    listed = {}
+    for name, o in model_configs().items():
+        task = new_task(**o["task"])
+        variables = list(task.variables(task.sample(1)))
+        listed[name] = dict(kind="trained", task=o["description"], shape=dict(n_layers=2, n_heads=1, d_model=64) | o["model"], variables=variables, edges=None, accuracy=o["accuracy"], control=o["control"])
+    for o in known_families():
+        shape = {k: o[k] for k in ("n_layers", "n_heads", "d_model", "d_vocab", "n_ctx")}
+        listed["planted-" + o["name"]] = dict(kind="planted", task=o["task"], shape=shape, variables=o["variables"], edges=o["edges"], decoys=o["decoys"])
+    for name, o in (TOYS | {f"residual MLP {k}": v for k, v in RESIDUAL_MLPS.items()}).items():
+        listed[name] = dict(kind="toy", task="features in superposition", shape={k: v if isinstance(v, int | float | str) else str(v) for k, v in o.items()}, variables=None, edges=None)
+    if as_json: return print(json.dumps(listed, indent=1))
+    for k, v in listed.items():
+        score = ", ".join(f"{a:.3f} on {n}" for n, a in v.get("accuracy", {}).items())
+        print(f"{k}: {v['kind']}; {v['task']}; {', '.join(f'{a} {b}' for a, b in v['shape'].items() if a != 'seed')}"
+              + (f"; variables {', '.join(v['variables'])}" if v["variables"] else "") + (f"; {v['edges']} edges, {v['decoys']} decoys" if v["edges"] else "")
+              + (f"; accuracy {score}" if score else ""))
 
 
 @app.command()
@@ -35,17 +49,20 @@ def run(model: Annotated[str, typer.Argument(help="A bundled model, or a folder 
 
 
 @app.command()
-def capture(model: Annotated[str, typer.Argument(help="A bundled model, or a folder.")], *, out: Out, seed: Seed = 0,
+def capture(model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or a hub id.")], *, out: Out, seed: Seed = 0,
+            data: Annotated[Optional[str], typer.Option(help="task, unique_copy, or samples: the model's own text. Not given: the model's own task, if it has one.")] = None,
             sites: Annotated[Optional[str], typer.Option(help="Hook names, separated by commas; every residual site if not given.")] = None,
             shards: Annotated[int, typer.Option(help="Number of shards.")] = 6,
-            sequences: Annotated[int, typer.Option(help="Sequences per shard.")] = 128, resume: Resume = False, overwrite: Overwrite = False):
-    "Capture activations of a model over its task into a store."
-    from subspace_circuits.activations import capture
-    from subspace_circuits.toy_models import load_model
-    net, task, _ = load_model(model)
-    every = [f"blocks.{i}.hook_resid_{o}" for i in range(net.cfg.n_layers) for o in ("pre", "mid", "post")]
+            sequences: Annotated[int, typer.Option(help="Sequences per shard.")] = 128,
+            lengths: Annotated[Optional[str], typer.Option(help="Shortest and longest list, as 0-50; the task's own if not given.")] = None,
+            resume: Resume = False, overwrite: Overwrite = False):
+    "Capture activations of a model over a task, or over its own text, into a store."
+    from subspace_circuits.activations import capture, open_task, stream_sites
+    net, task = open_task(model, data)
+    if lengths and not re.fullmatch(r"\d+-\d+", lengths): raise ValueError(f"lengths {lengths!r}: write the shortest and the longest, as 0-50")
+    bounds = tuple(map(int, lengths.split("-"))) if lengths else None
     if resume and not (out/"store.json").exists(): raise ValueError(f"nothing to resume in {out}: it holds no store; leave out --resume to start one")
-    store = capture(net, task, sites.split(",") if sites else every, out, shards=shards, sequences=sequences, seed=seed, overwrite=overwrite)
+    store = capture(net, task, sites.split(",") if sites else stream_sites(net), out, shards, sequences, bounds, seed, overwrite)
     print(f"{len(store)} rows of {len(store.sites)} sites in {out}")
 
 

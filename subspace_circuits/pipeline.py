@@ -14,11 +14,10 @@ from subspace_circuits.circuits import KeepOnly, divergence, find_circuit, read_
 from subspace_circuits.partition import (between_class, determination, find_partition, load_partition, mutual_information_matrix, name_subspaces,
                                          save_partition, variable_shares)
 from subspace_circuits.report import write_report
-from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model
+from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model, model_configs
 
 __all__ = ["run"]
 
-lengths = {"0-50": (0, 50), "51-100": (51, 100)}
 labels = ("token", "previous token", "position", "output")
 
 
@@ -26,24 +25,24 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     "Run the main job on a bundled model into a folder, or continue it; returns the metrics."
     torch.set_num_threads(1)
     model, task, config = load_model(name)
-    sites = run_sites(model)
+    lengths, sites = list_lengths(name, config), run_sites(model)
     job = dict(model=name, seed=seed, version=__version__, model_sha256=fingerprint(model), task=task.name, n_layers=model.cfg.n_layers,
                n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
     if claim(Path(out), job, overwrite, resume): return json.loads((Path(out)/"metrics.json").read_text())
     out, clock = Path(out), Clock(Path(out)/"seconds.json")
     with clock("capture"): store = capture(model, task, sites, out/"store", seed=seed)
-    with clock("partition"): partition_sites(name, out, sites, seed)
+    with clock("partition"): partition_sites(name, out, sites, seed, lengths)
     partitions = {o: load_partition(folder_of(out, o)) for o in sites}
     with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], model.cfg.n_layers, seed) for o in sites}
     with clock("circuit"):
         edges, found = find_circuit(model, task, store, partitions, seed=seed)
         graph = to_graph(model, store, partitions, edges)
-    with clock("keep-only"): scores = faithfulness(model, task, store, partitions, edges)
+    with clock("keep-only"): scores = faithfulness(model, task, store, partitions, edges, lengths)
     control = json.loads((out/"control.json").read_text())
     _write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()})
     _write_json(out/"circuit.json", nx.node_link_data(graph, edges="edges"))
     _write_json(out/"attention.json", example(model, task, seed))
-    batch = task.sample(200, (0, 50), torch.Generator().manual_seed(seed))
+    batch = task.sample(200, generator=torch.Generator().manual_seed(seed))
     metrics = dict(**scores, head_scores=head_scores(model, batch), sites={k: v["summary"] for k, v in evidence.items()},
                    circuit=summary(edges, found) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
                    seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
@@ -51,6 +50,20 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     _write_json(out/"metrics.json", rounded(metrics))
     write_report(out)
     return json.loads((out/"metrics.json").read_text())
+
+
+def list_lengths(name: str, config: dict) -> dict[str, tuple[int, int]]:
+    "Trained and longer lengths of the lists a model was scored on."
+    fits = {k: v for k, v in model_configs().items() if scored_on(v)}
+    if not scored_on(config): raise ValueError(f"the main job asks for longer lists than were trained on and reads through layer norm, which {name} does not have: use one of {', '.join(fits)}")
+    return scored_on(config)
+
+
+def scored_on(config: dict) -> dict[str, tuple[int, int]]:
+    "Name to shortest and longest list, nothing for other tasks or for models without layer norm or MLPs."
+    plain = config["model"].get("attn_only") or config["model"].get("normalization_type", "LN") != "LN"
+    names = [o.split("-") for o in config["accuracy"]]
+    return {} if plain or not all(len(o) == 2 and all(map(str.isdigit, o)) for o in names) else {"-".join(o): tuple(map(int, o)) for o in names}
 
 
 def run_sites(model) -> list[str]:
@@ -96,10 +109,10 @@ def folder_of(out: Path, site: str) -> Path:
     return out/"partitions"/f"x{layer}.{hook.rsplit('_', 1)[1]}"
 
 
-def partition_sites(name: str, out: Path, sites: list[str], seed: int):
+def partition_sites(name: str, out: Path, sites: list[str], seed: int, lengths: dict):
     "Find the partitions that are not there yet, and the control's, two processes at a time."
     jobs = [(partition_site, (str(out), o, seed)) for o in sites if not (folder_of(out, o)/"partition.json").exists()]
-    if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed)))
+    if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed, lengths)))
     if not jobs: return
     pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
     try:
@@ -122,7 +135,7 @@ def last_layer(store: ActivationStore) -> int:
     return 1 + max(int(o.split(".")[1]) for o in store.sites)
 
 
-def control_job(name: str, out: str, seed: int):
+def control_job(name: str, out: str, seed: int, lengths: dict):
     "The same procedure on the model before training: what is kept, and how it answers."
     torch.set_num_threads(1)
     model, task, _ = load_model(name, trained=False)
@@ -151,7 +164,7 @@ def site_evidence(store: ActivationStore, p, n_layers: int, seed: int) -> dict:
         matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(), mutual_information_null=mi_null)))
 
 
-def faithfulness(model, task, store, partitions: dict, edges: list) -> dict:
+def faithfulness(model, task, store, partitions: dict, edges: list, lengths: dict) -> dict:
     "Accuracy of the model, of the keep-only model and of none, at trained and at longer lengths; KL of the keep-only model."
     models = dict(full=model, keep_only=KeepOnly(model, store, partitions, edges), null=KeepOnly(model, store, partitions, []))
     scores = {k: {name: accuracy(o, task, v, n=300, seed=5) for name, v in lengths.items()} for k, o in models.items()}

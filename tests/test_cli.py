@@ -26,7 +26,20 @@ def store(tmp_path_factory):
 
 
 def test_models():
-    assert "induction" in json.loads(call("models", "--json")[1])
+    listed = json.loads(call("models", "--json")[1])
+    assert listed["induction"]["variables"] == ["token", "previous token", "position", "output"] and listed["planted-induction"]["edges"] == 4
+    assert {o["kind"] for o in listed.values()} == {"trained", "planted", "toy"} and all(o["task"] and o["shape"] for o in listed.values())
+
+
+def test_planted_model(tmp_path):
+    assert call("capture", "planted-histogram", "--out", tmp_path/"store", "--shards", 1, "--sequences", 16)[0] == 0
+    assert "unknown family 'histograms': use one of induction" in refused("capture", "planted-histograms", "--out", tmp_path/"other")
+    assert "lengths '12': write the shortest and the longest" in refused("capture", "planted-histogram", "--out", tmp_path/"other", "--lengths", 12)
+
+
+def test_models_that_run_cannot_take(tmp_path):
+    assert "which ioi does not have: use one of bigram_copy, induction" in refused("run", "ioi", "--out", tmp_path/"run")
+    assert not (tmp_path/"run").exists()
 
 
 def test_unknown_model_leaves_nothing(tmp_path):
