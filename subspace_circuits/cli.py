@@ -7,6 +7,8 @@ import typer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Which subspaces of a transformer carry which variable, and how the weights move them.")
+benchmark = typer.Typer(no_args_is_help=True, help="Measure what the project promises.")
+app.add_typer(benchmark, name="benchmark")
 Out = Annotated[Path, typer.Option(help="Folder to write; resumed if it holds the same job, refused if it holds anything else.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")]
@@ -50,20 +52,36 @@ def run(model: Annotated[str, typer.Argument(help="A bundled model, or a folder 
 
 @app.command()
 def capture(model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or a hub id.")], *, out: Out, seed: Seed = 0,
-            data: Annotated[Optional[str], typer.Option(help="task, unique_copy, or samples: the model's own text. Not given: the model's own task, if it has one.")] = None,
-            sites: Annotated[Optional[str], typer.Option(help="Hook names, separated by commas; every residual site if not given.")] = None,
-            shards: Annotated[int, typer.Option(help="Number of shards.")] = 6,
-            sequences: Annotated[int, typer.Option(help="Sequences per shard.")] = 128,
-            lengths: Annotated[Optional[str], typer.Option(help="Shortest and longest list, as 0-50; the task's own if not given.")] = None,
+            data: Annotated[Optional[str], typer.Option(help="task, unique_copy, samples (the model's own text), a .txt or .jsonl file, or hf:owner/name:config:split:field. "
+                                                             "Not given: the model's own task, if it has one.")] = None,
+            sites: Annotated[Optional[str], typer.Option(help="Hook names or patterns such as blocks.*.hook_resid_mid, separated by commas; every residual site if not given.")] = None,
+            shards: Annotated[int, typer.Option(min=1, help="Number of shards, fewer if a text ends before.")] = 6,
+            sequences: Annotated[int, typer.Option(min=1, help="Sequences per shard.")] = 128,
+            lengths: Annotated[Optional[str], typer.Option(help="Shortest and longest list, as 0-50; the task's own if not given. Of a text, the second is the window.")] = None,
+            packed: Annotated[bool, typer.Option("--packed", help="Fill windows with several documents of a text.")] = False,
+            no_bos: Annotated[bool, typer.Option("--no-bos", help="Start windows of a text without the tokenizer's bos.")] = False,
+            dtype: Annotated[str, typer.Option(help="What rows are stored in: float32, bfloat16 or float16.")] = "float32",
             resume: Resume = False, overwrite: Overwrite = False):
-    "Capture activations of a model over a task, or over its own text, into a store."
-    from subspace_circuits.activations import capture, open_task, stream_sites
-    net, task = open_task(model, data)
+    "Capture activations of a model over a task, a text, or its own samples, into a store; torchrun shares the work among processes."
+    from subspace_circuits.activations import capture, open_task, ranks, stream_sites
+    net, task = open_task(model, data, packed, not no_bos)
     if lengths and not re.fullmatch(r"\d+-\d+", lengths): raise ValueError(f"lengths {lengths!r}: write the shortest and the longest, as 0-50")
     bounds = tuple(map(int, lengths.split("-"))) if lengths else None
     if resume and not (out/"store.json").exists(): raise ValueError(f"nothing to resume in {out}: it holds no store; leave out --resume to start one")
-    store = capture(net, task, sites.split(",") if sites else stream_sites(net), out, shards, sequences, bounds, seed, overwrite)
-    print(f"{len(store)} rows of {len(store.sites)} sites in {out}")
+    store = capture(net, task, sites.split(",") if sites else stream_sites(net), out, shards, sequences, bounds, seed, overwrite, dtype)
+    if ranks()[0] == 0: print(f"{len(store)} rows of {len(store.sites)} sites in {out}")
+
+
+@benchmark.command("store")
+def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small model for the first bar, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
+                    rows: Annotated[int, typer.Option(min=1000, help="Rows of the largest capture whose memory is measured.")] = 1_000_000,
+                    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and smaller stores: a check that it runs.")] = False,
+                    as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Capture against the bare forward pass, memory, opening, random batches; each figure beside its bar."
+    from subspace_circuits.activations import benchmark_store
+    figures = benchmark_store(model, rows, quick)
+    for o in figures: print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
+    if as_json: as_json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 @app.command()

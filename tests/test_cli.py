@@ -62,6 +62,41 @@ def test_unknown_site(tmp_path):
     assert not (tmp_path/"store").exists()
 
 
+def test_patterns_and_dtype(tmp_path):
+    from subspace_circuits.activations import ActivationStore
+    job = ("capture", "induction", "--out", tmp_path/"store", "--sites", "blocks.*.hook_resid_mid", "--shards", 1, "--sequences", 8)
+    assert call(*job, "--dtype", "bfloat16")[0] == 0
+    store = ActivationStore(tmp_path/"store")
+    assert store.sites == ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"] and store.info["capture"]["dtype"] == "bfloat16"
+    assert "holds a capture with dtype 'bfloat16', not 'float32'" in refused(*job)
+    assert call(*job, "--overwrite")[0] == 0
+    assert "unknown dtype 'int8': use one of float32, bfloat16, float16" in refused(*job, "--dtype", "int8")
+
+
+def test_text(tmp_path):
+    from subspace_circuits.activations import ActivationStore
+    (tmp_path/"set").mkdir()
+    (tmp_path/"set"/"text.jsonl").write_text("".join(json.dumps({"text": o}) + "\n" for o in ("3 1 4", "1 5", "9 2 6")))
+    for data in (tmp_path/"set"/"text.jsonl", f"hf:{tmp_path/'set'}"):
+        code, out, error = call("capture", "induction", "--data", data, "--out", tmp_path/"padded", "--shards", 2, "--sequences", 2, "--overwrite")
+        assert code == 0 and out.startswith("11 rows"), error # eight symbols and three times bos
+    code, _, error = call("capture", "induction", "--data", data, "--out", tmp_path/"packed", "--packed", "--no-bos", "--lengths", "0-4", "--shards", 9)
+    store = ActivationStore(tmp_path/"packed")
+    assert code == 0 and "ended early: 1 of 9 shards were written" in error
+    assert store.column("token").tolist() == [3, 1, 4, 1, 5, 9, 2, 6] and store.column("position").tolist() == [0, 1, 2, 3]*2
+    assert "packed and bos are choices for a text" in refused("capture", "induction", "--packed", "--out", tmp_path/"other")
+    assert "cannot be opened: write hf:owner/name" in refused("capture", "induction", "--data", f"hf:{tmp_path/'set'}::test", "--out", tmp_path/"other")
+    assert "no data 'text.csv' for induction: use task" in refused("capture", "induction", "--data", "text.csv", "--out", tmp_path/"other")
+    assert not (tmp_path/"other").exists()
+
+
+def test_benchmark_store(tmp_path):
+    code, out, error = call("benchmark", "store", "--quick", "--json", tmp_path/"figures.json")
+    figures = json.loads((tmp_path/"figures.json").read_text())
+    assert code == 0 and len(out.splitlines()) == len(figures), error
+    assert sum(o["bar"] == "at least .85" for o in figures) == 6 and all(o["figure"] > 0 for o in figures)
+
+
 def test_store_of_another_seed(store):
     assert "holds a capture with seed 0, not 1" in refused("capture", "induction", "--out", store, "--sites", "blocks.0.hook_resid_mid", "--shards", 1, "--seed", 1)
 
