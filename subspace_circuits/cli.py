@@ -79,28 +79,61 @@ def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small m
                     as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
     "Capture against the bare forward pass, memory, opening, random batches; each figure beside its bar."
     from subspace_circuits.activations import benchmark_store
-    figures = benchmark_store(model, rows, quick)
+    _print_figures(benchmark_store(model, rows, quick), as_json)
+
+
+def _print_figures(figures: list[dict], as_json: Optional[Path]):
+    "A line for each figure, with its bar; all of them as JSON if asked."
     for o in figures: print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
+    if as_json: as_json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@benchmark.command("partition")
+def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="Few toys and circuits, no wide mixture: a check that it runs.")] = False,
+                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "The closed form and the whole method wherever the answer is known; each figure beside its bar."
+    from subspace_circuits.partition import benchmark_partition
+    _print_figures(benchmark_partition(quick), as_json)
+
+
+@benchmark.command("speed")
+def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of the public SubspacePartition repository; imported, never written to.")], *,
+                    model: Annotated[str, typer.Option(help="A model with a residual stream; read after its first attention.")] = "induction",
+                    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes, far fewer keys, no bars: a check that it runs.")] = False,
+                    as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Our search against the public code: time to its held-out objective on the same data, in one process, with the same threads."
+    from subspace_circuits.published_ndm import benchmark_speed
+    figures = benchmark_speed(reference, model, quick)
+    print(f"{'width':>5} {'the public code with':<20} {'lr':>6} {'keys':>7} {'threads':>7} {'objective':>17} {'seconds':>8} {'steps':>5} {'ours':>8} {'steps':>5} {'ratio':>7}")
+    for d, runs in figures.items():
+        for name, o in runs.items():
+            ratio = f"{o['ratio']:.0f}x" if o["ratio"] else "not reached"
+            print(f"{d:>5} {name:<20} {o['lr']:>6} {o['keys']:>7} {o['threads']:>7} {o['start']:>7.4f} -> {o['reached']:>6.4f} {o['seconds']:>8.1f} {o['steps']:>5} {o['ours_seconds']:>8.2f} {o['ours_steps']:>5} {ratio:>7}"
+                  + (f" (bar: {o['bar']}x, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
     if as_json: as_json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 @app.command()
 def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *, site: Annotated[str, typer.Option(help="Hook name.")],
-              out: Out, seed: Seed = 0, overwrite: Overwrite = False):
+              out: Out, method: Annotated[str, typer.Option(help="ndm: cuts, and growth where no cut holds; closed-form: independent subspaces only; growth.")] = "ndm",
+              seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of one site of a store, and how many there are."
     from subspace_circuits.activations import ActivationStore
-    from subspace_circuits.partition import find_partition, load_partition, save_partition
+    from subspace_circuits.partition import Partition, closed_form, grow_partition, partition_site
+    methods = {"ndm": partition_site, "closed-form": closed_form, "growth": grow_partition}
+    if method not in methods: raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
     acts = ActivationStore(store)
     if site not in acts.sites: raise ValueError(f"no site {site!r} in {store}: use one of {', '.join(acts.sites)}")
     weights = acts.info["capture"]["weights"]
     if (out/"partition.json").exists() and not overwrite:
-        old = load_partition(out)
-        if (old.site, old.info["seed"], old.info["weights"]) != (site, seed, weights):
-            raise ValueError(f"{out} holds the partition of {old.site} with seed {old.info['seed']}: name another folder, or pass --overwrite")
+        old = Partition.from_pretrained(out)
+        if (old.site, old.info.get("asked"), old.info.get("seed"), old.info.get("weights")) != (site, method, seed, weights):
+            raise ValueError(f"{out} holds the partition of {old.site} by {old.info.get('asked')} with seed {old.info.get('seed')}: name another folder, or pass --overwrite")
         return print(old)
     if out.exists() and any(out.iterdir()) and not overwrite: raise ValueError(f"{out} holds something else: name an empty or a new folder")
-    found = find_partition(acts[site], site, seed, weights=weights)
-    save_partition(found, out)
+    found = methods[method](acts[site], site, seed, weights=weights)
+    found.info = {k: v for k, v in found.info.items() if k != "seconds"} | dict(asked=method)
+    found.save_pretrained(out)
     print(found)
 
 

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live
 from subspace_circuits.circuits import KeepOnly, divergence, find_circuit, read_site, to_graph, write_site
-from subspace_circuits.partition import (between_class, determination, find_partition, load_partition, mutual_information_matrix, name_subspaces,
-                                         save_partition, variable_shares)
+from subspace_circuits.partition import Partition, between_class, determination, grow_partition, mutual_information_matrix, name_subspaces, variable_shares
+from subspace_circuits.partition import partition_site as learn_partition
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model, model_configs
 
@@ -32,7 +32,7 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     out, clock = Path(out), Clock(Path(out)/"seconds.json")
     with clock("capture"): store = capture(model, task, sites, out/"store", seed=seed)
     with clock("partition"): partition_sites(name, out, sites, seed, lengths)
-    partitions = {o: load_partition(folder_of(out, o)) for o in sites}
+    partitions = {o: Partition.from_pretrained(folder_of(out, o)) for o in sites}
     with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], model.cfg.n_layers, seed) for o in sites}
     with clock("circuit"):
         edges, found = find_circuit(model, task, store, partitions, seed=seed)
@@ -46,7 +46,7 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     metrics = dict(**scores, head_scores=head_scores(model, batch), sites={k: v["summary"] for k, v in evidence.items()},
                    circuit=summary(edges, found) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
                    seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
-    _write_json(out/"config.json", job | dict(rows=len(store), settings=dict(tolerance=found["tolerance"], pools=partitions[sites[0]].info["pools"])))
+    _write_json(out/"config.json", job | dict(rows=len(store), settings=dict(tolerance=found["tolerance"])))
     _write_json(out/"metrics.json", rounded(metrics))
     write_report(out)
     return json.loads((out/"metrics.json").read_text())
@@ -126,8 +126,9 @@ def partition_site(out: str, site: str, seed: int):
     store = ActivationStore(Path(out)/"store")
     rows = live(store, site, last_layer(store))
     h, known = store[site][rows], {k: store.column(k)[rows] for k in labels}
-    p = find_partition(h, site, seed, weights=store.info["capture"]["weights"])
-    save_partition(name_subspaces(p, h, known), folder_of(Path(out), site))
+    p = learn_partition(h, site, seed, weights=store.info["capture"]["weights"])
+    p.info.pop("seconds", None) # the same seed gives the same bytes
+    name_subspaces(p, h, known).save_pretrained(folder_of(Path(out), site))
 
 
 def last_layer(store: ActivationStore) -> int:
@@ -141,7 +142,7 @@ def control_job(name: str, out: str, seed: int, lengths: dict):
     model, task, _ = load_model(name, trained=False)
     folder, sites = Path(out)/"control", run_sites(model)
     store = capture(model, task, sites, folder, shards=3, seed=seed)
-    partitions = {o: find_partition(store[o][live(store, o, model.cfg.n_layers)], o, seed, pools=(256, 1024)) for o in sites}
+    partitions = {o: grow_partition(store[o][live(store, o, model.cfg.n_layers)], o, seed, pools=(256, 1024)) for o in sites}
     edges, _ = find_circuit(model, task, store, partitions, seed=seed)
     result = dict(n_edges=len(edges), n_significant=sum(o["p"] <= .05 for o in edges),
                   accuracy={k: accuracy(KeepOnly(model, store, partitions, edges), task, v, n=100) for k, v in lengths.items()})
@@ -160,7 +161,7 @@ def site_evidence(store: ActivationStore, p, n_layers: int, seed: int) -> dict:
     present = {k: v for k, v in known.items() if presence[k] >= .05}
     return dict(
         summary=dict(n_subspaces=len(p.names) - ("rest" in p.names), objective=p.info["objective"], sizes=p.sizes, presence=presence,
-                     variables=variable_shares(p, h, present), variance={k: (v.var(0).sum()/total).item() for k, v in p.split(h).items()}, restarts=dict(counts=p.info["counts"]), null=null),
+                     variables=variable_shares(p, h, present), variance={k: (v.var(0).sum()/total).item() for k, v in p.split(h).items()}, verdict=p.info["verdict"], cuts=p.info["cuts"], null=null),
         matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(), mutual_information_null=mi_null)))
 
 

@@ -108,8 +108,7 @@ def site_table(site: str, o: dict) -> dict:
     known = list(dict.fromkeys(v for shares in variables.values() for v in shares))
     rows = [dict(name=n, d=d, variance=variance.get(n), shares=[variables.get(n, {}).get(v) for v in known],
                  words=holds(variables.get(n, {}))) for n, d in sizes.items()]
-    return dict(site=site, known=known, rows=rows, **{k: o.get(k) for k in ("n_subspaces", "objective", "null")},
-                counts=(o.get("restarts") or {}).get("counts", []))
+    return dict(site=site, known=known, rows=rows, **{k: o.get(k) for k in ("n_subspaces", "objective", "null", "verdict")})
 
 
 def holds(shares: dict) -> str:

@@ -118,12 +118,13 @@ def test_nan_in_activations(tmp_path):
 
 def test_partition_refuses(store, tmp_path):
     assert "no site 'x0.mid'" in refused("partition", store, "--site", "x0.mid", "--out", tmp_path/"p")
+    assert "unknown method 'pca': use one of ndm, closed-form, growth" in refused("partition", store, "--site", "blocks.0.hook_resid_mid", "--method", "pca", "--out", tmp_path/"p")
     assert "holds no store.json" in refused("partition", tmp_path, "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
 
 
 def test_too_few_activations(tmp_path):
     assert call("capture", "induction", "--out", tmp_path/"tiny", "--shards", 1, "--sequences", 3)[0] == 0
-    assert "fewer than 256" in refused("partition", tmp_path/"tiny", "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
+    assert "fewer than 1280" in refused("partition", tmp_path/"tiny", "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
     assert not (tmp_path/"p").exists()
 
 
