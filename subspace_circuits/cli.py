@@ -119,8 +119,8 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
               seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of one site of a store, and how many there are."
     from subspace_circuits.activations import ActivationStore
-    from subspace_circuits.partition import Partition, closed_form, grow_partition, partition_site
-    methods = {"ndm": partition_site, "closed-form": closed_form, "growth": grow_partition}
+    from subspace_circuits.partition import Partition, closed_form, grow_partition, learn_partition
+    methods = {"ndm": learn_partition, "closed-form": closed_form, "growth": grow_partition}
     if method not in methods: raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
     acts = ActivationStore(store)
     if site not in acts.sites: raise ValueError(f"no site {site!r} in {store}: use one of {', '.join(acts.sites)}")
@@ -132,7 +132,7 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
         return print(old)
     if out.exists() and any(out.iterdir()) and not overwrite: raise ValueError(f"{out} holds something else: name an empty or a new folder")
     found = methods[method](acts[site], site, seed, weights=weights)
-    found.info = {k: v for k, v in found.info.items() if k != "seconds"} | dict(asked=method)
+    found.info["asked"] = method
     found.save_pretrained(out)
     print(found)
 

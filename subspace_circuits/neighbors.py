@@ -19,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .activations import side_by_side
+
 # %% ../nbs/01a_neighbors.ipynb #nearest
 def nearest(
     queries:Float[Tensor, "batch d"], keys:Float[Tensor, "pool d"],
@@ -347,16 +349,6 @@ def distance_correlation(
     return max(together[0]/size, 0.)**.5, sum(o >= together[0] for o in together)/(1 + draws)
 
 # %% ../nbs/01a_neighbors.ipynb #benchmark
-def _rounds(programs, n):
-    "Median milliseconds of some programs that take turns; the first round does not count."
-    spent = {k: [] for k in programs}
-    for i in range(n + 1):
-        for name, f in programs.items():
-            start = time.perf_counter()
-            f()
-            if i: spent[name].append(1000*(time.perf_counter() - start))
-    return {k: sorted(v)[n//2] for k, v in spent.items()}
-
 def benchmark_neighbors(
     threads:int=1, # Of torch and of faiss
     blocks:int=24, width:int=32, # Subspaces and their dimension
@@ -370,9 +362,10 @@ def benchmark_neighbors(
     a, b, out = x.view(-1, blocks, width).transpose(0, 1), y.view(-1, blocks, width).transpose(0, 1), torch.empty(blocks, queries, keys)
     torch.set_num_threads(threads)
     try:
-        spent = _rounds({"bare product": lambda: torch.bmm(a, b.mT, out=out), "tiles": lambda: nearest_neighbors(x, y, sizes),
-                         "faiss": lambda: nearest_neighbors(x, y, sizes, backend="faiss"), "one line": lambda: nearest(x, y, sizes),
-                         "cdist + min": lambda: torch.cdist(a, b).min(2)}, rounds)
+        spent = side_by_side({"bare product": lambda: torch.bmm(a, b.mT, out=out), "tiles": lambda: nearest_neighbors(x, y, sizes),
+                              "faiss": lambda: nearest_neighbors(x, y, sizes, backend="faiss"), "one line": lambda: nearest(x, y, sizes),
+                              "cdist + min": lambda: torch.cdist(a, b).min(2)}, rounds)
+        spent = {k: 1000*v for k, v in spent.items()}
         if not rows: return spent
         parts, start = list(torch.randn(rows, blocks*width, generator=g).split(sizes, 1)), time.perf_counter()
         _all_pairs(_check_blocks(parts, 1), 1)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Pretrained', 'Subspace', 'Partition', 'between_class', 'variable_shares', 'match_overlap', 'complement',
-           'check_activations', 'distinct_rows', 'neighbor_distance', 'ndm', 'units', 'cumulants', 'random_queries',
-           'commuting', 'sharpened_cumulants', 'Cut', 'best_cut', 'refine_cut', 'cross_cumulants', 'CutTest',
-           'test_cut', 'is_gaussian', 'flat_cut', 'Block', 'independent_blocks', 'shared_features', 'joined',
+           'check_activations', 'distinct_rows', 'neighbor_distance', 'block_distances', 'ndm', 'units', 'cumulants',
+           'random_queries', 'commuting', 'sharpened_cumulants', 'Cut', 'best_cut', 'refine_cut', 'cross_cumulants',
+           'CutTest', 'test_cut', 'is_gaussian', 'flat_cut', 'Block', 'independent_blocks', 'shared_features', 'joined',
            'merge_blocks', 'pure_frame', 'planted_mixture', 'energy_groups', 'refine_frame', 'wide_blocks',
            'noise_floor', 'evidence', 'closed_form', 'benchmark_closed_form', 'whiten', 'match_shares',
            'information_shares', 'predicted_share', 'Shared', 'shared', 'local_covariances', 'propose_cuts',
            'block_entropy', 'SiteRows', 'proposals', 'best_pair', 'cut_down', 'random_cumulants', 'join_pieces',
            'loose_pairs', 'find_partition', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases',
-           'assign', 'search', 'explained', 'vote', 'grow_partition', 'partition_site', 'name_subspaces',
+           'assign', 'search', 'explained', 'vote', 'grow_partition', 'learn_partition', 'name_subspaces',
            'determination', 'mutual_information_matrix', 'read_published', 'Comparison', 'compare', 'group_components',
            'baseline_partition', 'Stability', 'stability', 'merged_truth', 'score_circuit', 'benchmark_partition']
 
@@ -39,7 +39,8 @@ from tqdm.auto import tqdm
 
 from .activations import _reason, _write_json, batch_rows, open_task
 from .known_circuits import DECOYS, FAMILIES, plant
-from .neighbors import _all_pairs, mutual_information, nearest
+from .neighbors import _all_pairs, nearest
+from .neighbors import mutual_information_matrix as block_information
 from .toy_models import TOYS, _read, _write, group_bases, train_autoencoders
 
 # %% ../nbs/02_partition.ipynb #save
@@ -69,15 +70,16 @@ class Pretrained:
 
 # %% ../nbs/02_partition.ipynb #save-files
 def _save_partition(p, folder):
-    "The files of a partition, `partition.json` last."
+    "The files of a partition, `partition.json` last; without the seconds it took, so that the same seed gives the same bytes."
     if folder.is_file(): raise ValueError(f"{folder} is a file: name a folder")
-    try: json.dumps(p.info)
+    info = {k: v for k, v in p.info.items() if k != "seconds"}
+    try: json.dumps(info)
     except TypeError as e: raise ValueError(f"info of {p.site} cannot be kept as JSON ({e}): use numbers, strings and lists") from None
     (folder/"partition.json").unlink(missing_ok=True)
     tensors = {"mean": p.mean, **{f"basis.{k}": v for k, v in p.bases.items()}}
     _write(folder/"partition.safetensors", {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()})
-    (folder/"README.md").write_text(_card(p))
-    _write_json(folder/"partition.json", dict(format=1, site=p.site, names=p.names, info=p.info))
+    (folder/"README.md").write_text(_card(p, info))
+    _write_json(folder/"partition.json", dict(format=1, site=p.site, names=p.names, info=info))
 
 # %% ../nbs/02_partition.ipynb #save-read
 def _read_partition(folder):
@@ -96,14 +98,14 @@ def _read_partition(folder):
     return meta | dict(info=meta.get("info", {})), stored
 
 # %% ../nbs/02_partition.ipynb #save-card
-def _card(p):
+def _card(p, info):
     "A model card: what is in the folder, how it was made, how to open it."
     short = lambda o: o if len(o) <= 200 else o[:200] + " …"
     return "\n".join([
         "---", "library_name: subspace_circuits", "tags:", "- interpretability", "- subspace-partition", "---", "",
         f"# Partition of `{p.site}`", "", f"An orthogonal basis of {len(p.basis)} dimensions, cut into {len(p.names)} subspaces.", "",
         "| subspace | dimensions |", "|---|---|", *(f"| {k} | {v} |" for k, v in p.sizes.items()), "",
-        "How it was made:", "", *([f"- {k}: {short(json.dumps(v))}" for k, v in p.info.items()] or ["- not recorded"]), "",
+        "How it was made:", "", *([f"- {k}: {short(json.dumps(v))}" for k, v in info.items()] or ["- not recorded"]), "",
         "```python", "from subspace_circuits.partition import Partition",
         'partition = Partition.from_pretrained("owner/name") # or a folder', "```", ""])
 
@@ -207,10 +209,14 @@ def match_overlap(
     truth:list[Float[Tensor, "d k"]], found:list[Float[Tensor, "d m"]], # Orthonormal bases
 )->list[float]: # For each true subspace, of the larger of the two dimensions
     "Match true subspaces to found ones, and measure what they share."
-    share = torch.tensor([[((a.T@b).square().sum()/max(a.shape[1], b.shape[1])).item() for b in found] for a in truth])
-    rows, cols = linear_sum_assignment(-share)
+    share = _overlap(truth, found)
+    rows, cols = linear_sum_assignment(share, maximize=True)
     out = dict(zip(rows.tolist(), share[rows, cols].tolist()))
     return [out.get(i, 0.) for i in range(len(truth))]
+
+def _overlap(a, b):
+    "tr(P_a P_b) over the larger dimension, of every pair of bases."
+    return torch.tensor([[((u.T@v).square().sum()/max(u.shape[1], v.shape[1])).item() for v in b] for u in a])
 
 # %% ../nbs/02_partition.ipynb #complement
 def complement(
@@ -223,12 +229,14 @@ def complement(
 def check_activations(
     h:Float[Tensor, "row d_model"], # Activations, of any float type
     site:str, # Hook name, for the message
+    each:int=1, # Rows that are needed for each dimension
 )->dict: # Number of rows and of different rows, to be kept with the partition
     "Refuse activations that no search can learn from, in one line."
     if not isinstance(h, Tensor) or not h.is_floating_point(): raise ValueError(f"activations of {site} are {h.dtype if isinstance(h, Tensor) else type(h).__name__}: pass a float tensor")
     if h.ndim != 2: raise ValueError(f"activations of {site} have shape {tuple(h.shape)}: pass rows of one width, flatten(0, -2) makes them")
     n, d = h.shape
     if n < d: raise ValueError(f"{n} activations of {site} are fewer than its {d} dimensions: capture more")
+    if n < each*d: raise ValueError(f"{n} activations of {site} are fewer than {each*d}, {each} for each of its {d} dimensions: capture more")
     bad = torch.cat([~o.isfinite().all(1) for o in h.split(2**16)])
     if bad.any(): raise ValueError(f"{bad.sum()} of {n} activations of {site} are not finite, the first is row {bad.nonzero()[0].item()}: capture again, or leave them out")
     distinct = distinct_rows(h)
@@ -248,9 +256,13 @@ def neighbor_distance(
     generator:torch.Generator, n:int=1000, # Number of queries
 )->Float[Tensor, "block"]: # Mean distance, in the units of `h`
     "The NDM objective of a basis, per block, on rows drawn afresh (arXiv 2508.01916)."
-    q, k = (h[o]@basis for o in torch.randperm(len(h), generator=generator)[:n + pool].split([n, pool]))
-    found = nearest(q, k, sizes)
-    return torch.stack([(a - b[i]).norm(dim=1).mean() for a, b, i in zip(q.split(sizes, 1), k.split(sizes, 1), found)])
+    return block_distances(*(h[o]@basis for o in torch.randperm(len(h), generator=generator)[:n + pool].split([n, pool])), sizes)
+
+def block_distances(
+    q:Float[Tensor, "query d"], k:Float[Tensor, "key d"], sizes:list[int], # Coordinates, and their block sizes
+)->Float[Tensor, "block"]:
+    "Mean distance from a query to its nearest key, per block."
+    return torch.stack([(a - b[i]).norm(dim=1).mean() for a, b, i in zip(q.split(sizes, 1), k.split(sizes, 1), nearest(q, k, sizes))])
 
 # %% ../nbs/02_partition.ipynb #ndm
 def ndm(
@@ -282,9 +294,11 @@ def ndm(
     return torch.linalg.qr(basis)[0]
 
 # %% ../nbs/02_partition.ipynb #units
-def units(d:int)->list[int]:
-    "Cut `d` dimensions into about eight units of at least two."
-    u = max(2, d//8)
+def units(
+    d:int, size:int|None=None, # Dimensions, and of a unit; an eighth of them, at least two, if not given
+)->list[int]:
+    "Cut `d` dimensions into units of equal size, the last of what is left over."
+    u = size or max(2, d//8)
     return [u]*(d//u) + ([d % u] if d % u else [])
 
 # %% ../nbs/02_partition.ipynb #cumulants
@@ -375,7 +389,10 @@ def sharpened_cumulants(
 )->Float[Tensor, "n d d"]: # Unit norm on average
     "Compute cumulants with cumulants as queries: less noise than with random ones, because those already lie within the blocks."
     C = cumulants(z, random_queries(z.shape[1], n, generator)) if queries is None else queries
-    C = cumulants(z, C/C.flatten(1).norm(dim=1)[:, None, None])
+    return _level(cumulants(z, C/C.flatten(1).norm(dim=1)[:, None, None]))
+
+def _level(C):
+    "Matrices of unit norm on average."
     return C/C.flatten(1).norm(dim=1).mean()
 
 # %% ../nbs/02_partition.ipynb #best-cut
@@ -384,6 +401,13 @@ class Cut(NamedTuple):
     a:Float[Tensor, "d p"]
     b:Float[Tensor, "d q"]
     coupling:float # Mean squared entry of the cross blocks, over that of the smaller of the two own blocks
+
+def _coupling(C, U, least=1):
+    "Coupling of every cut between columns of an orthogonal U, the first with `least` on one side."
+    S = torch.nn.functional.pad((U.T@C@U).square().sum(0).cumsum(0).cumsum(1), (1, 0, 1, 0))
+    p = torch.arange(least, len(U) - least + 1)
+    q, head, row = len(U) - p, S.diagonal()[p], S[p, -1]
+    return (row - head)/(p*q)/torch.minimum(head/p**2, (S[-1, -1] - 2*row + head)/q**2)
 
 def best_cut(
     C:Float[Tensor, "n d d"], # Cumulant matrices
@@ -394,10 +418,7 @@ def best_cut(
     w, best, X = torch.randn(mixtures, len(X), generator=generator, dtype=X.dtype), None, X.to(C.dtype)
     for x in torch.cat([X, torch.einsum("mk,kab->mab", w.to(X), X)]):
         U = torch.linalg.eigh(x)[1]
-        S = torch.nn.functional.pad((U.T@C@U).square().sum(0).cumsum(0).cumsum(1), (1, 0, 1, 0))
-        p = torch.arange(1, len(U)).to(S)
-        q, head, row = len(U) - p, S.diagonal()[1:-1], S[1:-1, -1]
-        coupling = (row - head)/(p*q)/torch.minimum(head/p**2, (S[-1, -1] - 2*row + head)/q**2)
+        coupling = _coupling(C, U)
         m = coupling.argmin().item()
         if best is None or coupling[m] < best.coupling: best = Cut(U[:, :m + 1], U[:, m + 1:], coupling[m].item())
     return best
@@ -575,9 +596,9 @@ def shared_features(
 # %% ../nbs/02_partition.ipynb #joined
 def joined(n:int, pairs:list[tuple[int, int]])->list[list[int]]:
     "Put together what pairs connect."
-    group = list(range(n))
-    for i, j in pairs: group = [group[i] if o == group[j] else o for o in group]
-    return [[i for i in range(n) if group[i] == g] for g in sorted(set(group))]
+    graph = networkx.Graph(pairs)
+    graph.add_nodes_from(range(n))
+    return sorted(sorted(o) for o in networkx.connected_components(graph))
 
 def merge_blocks(
     z:Float[Tensor, "row d"], blocks:list[Block], # White rows, and their blocks
@@ -744,9 +765,9 @@ def closed_form(
     weights:str="", # Fingerprint of the model, kept in the partition
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of empty and Gaussian directions
     "Find the independent subspaces of a site, their number included, from fourth cumulants (Theis 2006)."
-    check_activations(h, site)
-    if len(h) < 20*h.shape[1]: raise ValueError(f"{len(h)} activations of {site} are fewer than {20*h.shape[1]}, twenty for each of its {h.shape[1]} dimensions: capture more")
-    start, mean, d = time.perf_counter(), h.mean(0), h.shape[1]
+    check_activations(h, site, 20)
+    start, h = time.perf_counter(), h.float()
+    mean, d = h.mean(0), h.shape[1]
     e, v = torch.linalg.eigh(torch.cov((h - mean).T.double(), correction=0))
     k = (e > noise_floor(e)).sum().item()
     e, v = e[-k:].float(), v[:, -k:].float()
@@ -898,8 +919,7 @@ def local_covariances(
         mean = w@z
         out.append((z*w[:, None]).T@z - torch.outer(mean, mean))
     out = torch.stack(out).double()
-    out = out - out.mean(0)
-    return out/out.flatten(1).norm(dim=1).mean()
+    return _level(out - out.mean(0))
 
 # %% ../nbs/02_partition.ipynb #propose-cuts
 def propose_cuts(
@@ -911,11 +931,7 @@ def propose_cuts(
     e, X = commuting(C, min(6, d*(d + 1)//2 - 3), generator, dense=80) if d > 2 else (None, C[:3])
     if d > 2: X = torch.cat([X.to(C), torch.einsum("mk,kab->mab", torch.randn(6, len(X), generator=generator, dtype=C.dtype)*(e[0]/e).to(C), X.to(C))])
     for U in torch.linalg.eigh(X)[1]:
-        S = torch.nn.functional.pad((U.T@C@U).square().sum(0).cumsum(0).cumsum(1), (1, 0, 1, 0))
-        p = torch.arange(least, d - least + 1)
-        q, head, row = d - p, S.diagonal()[p], S[p, -1]
-        coupling = (row - head)/(p*q)/torch.minimum(head/p**2, (S[-1, -1] - 2*row + head)/q**2)
-        cuts += [Cut(U[:, :i].float(), U[:, i:].float(), o) for i, o in zip(p.tolist(), coupling.tolist())]
+        cuts += [Cut(U[:, :i].float(), U[:, i:].float(), o) for i, o in enumerate(_coupling(C, U, least).tolist(), least)]
     for cut in sorted(cuts, key=lambda o: o.coupling):
         if all(_apart(cut, o) for o in kept): kept.append(cut)
         if len(kept) == top: break
@@ -1010,8 +1026,7 @@ def cut_down(site:SiteRows, generator:torch.Generator, bar=None)->tuple[list[Flo
 def random_cumulants(z:Float[Tensor, "row d"], generator:torch.Generator, n:int=60)->Float[Tensor, "n d d"]:
     "Cumulants of random symmetric matrices, of unit norm on average."
     M = torch.randn(n, z.shape[1], z.shape[1], generator=generator)
-    C = cumulants(z, (M + M.mT)/(M + M.mT).flatten(1).norm(dim=1)[:, None, None])
-    return C/C.flatten(1).norm(dim=1).mean()
+    return _level(cumulants(z, (M + M.mT)/(M + M.mT).flatten(1).norm(dim=1)[:, None, None]))
 
 # %% ../nbs/02_partition.ipynb #join
 def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch.Generator)->tuple[list[Float[Tensor, "d _"]], Float[Tensor, "block block"]]: # Blocks, and what they share
@@ -1026,9 +1041,7 @@ def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch
         pairs = [(i, j) for i, (s, j) in enumerate(zip(most.values.tolist(), most.indices.tolist())) if s > .5 and sizes[i] <= sizes[j]]
         pairs = pairs or loose_pairs(blocks, generator)
         if not pairs: return parts, share.fill_diagonal_(1)
-        groups = networkx.Graph(pairs)
-        groups.add_nodes_from(range(len(parts)))
-        parts = [torch.cat([parts[i] for i in sorted(o)], 1) for o in networkx.connected_components(groups)]
+        parts = [torch.cat([parts[i] for i in o], 1) for o in joined(len(parts), pairs)]
 
 # %% ../nbs/02_partition.ipynb #loose
 def loose_pairs(blocks:list[Float[Tensor, "row _"]], generator:torch.Generator)->list[tuple[int, int]]:
@@ -1052,9 +1065,8 @@ def find_partition(
     weights:str="", # Fingerprint of the model, kept in the partition
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of what holds next to nothing
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
-    checked, start = check_activations(h, site), time.perf_counter()
+    checked, start = check_activations(h, site, 20), time.perf_counter()
     h, generator = h.float(), torch.Generator().manual_seed(seed)
-    if len(h) < 20*h.shape[1]: raise ValueError(f"{len(h)} activations of {site} are fewer than {20*h.shape[1]}, twenty for each of its {h.shape[1]} dimensions: capture more")
     for share in (.01, .1): # if nothing separates, small directions may be in the way
         rows = SiteRows(h, generator, share)
         if checked["distinct"] <= h.shape[1]: parts, cuts, between = [torch.eye(rows.x.shape[1])], [], torch.ones(1, 1); break
@@ -1093,7 +1105,6 @@ class WhiteSite:
                  keys:int=6000, # Number of keys that a match is sought among
                  floor:float=.01, # Variance added to every direction, over the mean variance
     ):
-        if not h.isfinite().all(): raise ValueError(f"{(~h.isfinite()).any(1).sum()} of {len(h)} activations are not finite: capture again")
         self.mean, self.keys = h.mean(0), keys
         self.h = h - self.mean
         self.cov = torch.cov(self.h.T, correction=0)
@@ -1240,8 +1251,9 @@ def grow_partition(
     weights:str="", # Fingerprint of the model, kept in the partition
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest if something is left
     "Find the subspaces of a site by following units to all that a match in them determines, at several scales; where variables depend on each other by more than half."
+    checked = check_activations(h, site)
     if len(h) < 4*min(pools): raise ValueError(f"{len(h)} activations of {site} are fewer than {4*min(pools)}, four of the smallest pool: capture more")
-    generator, white, tries = torch.Generator().manual_seed(seed), WhiteSite(h), []
+    generator, white, tries = torch.Generator().manual_seed(seed), WhiteSite(h.float()), []
     pools = [o for o in pools if 4*o <= len(h)]
     for pool in tqdm(pools, desc=f"partition {site}"):
         white.keys = min(4*pool, 6000)
@@ -1250,9 +1262,9 @@ def grow_partition(
     subspaces = sorted(best[:-1], key=lambda b: -(b.T@white.cov@b).trace().item())
     bases = {f"s{i}": b for i, b in enumerate(subspaces)} | ({"rest": best[-1]} if best[-1].shape[1] else {})
     verdict = f"{len(subspaces)} subspaces by growth, as {evidence['agree']} restarts have it"
-    return Partition(bases, site, white.mean, dict(method="growth, ndm", seed=seed, rows=len(h), weights=weights, pools=pools, verdict=verdict, cuts=[], **evidence))
+    return Partition(bases, site, white.mean, dict(method="growth, ndm", seed=seed, **checked, weights=weights, pools=pools, verdict=verdict, cuts=[], **evidence))
 
-def partition_site(
+def learn_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site
     site:str, # Its hook name
     seed:int=0, weights:str="", # As for `find_partition`
@@ -1294,13 +1306,8 @@ def mutual_information_matrix(
     generator:torch.Generator, n:int=2000, # Rows to use
 )->tuple[Float[Tensor, "subspace subspace"], float]: # Nats between subspaces (0 on the diagonal); the largest with rows shuffled
     "Mutual information of every pair of subspaces, with a permutation null."
-    parts = list(partition.split(h[torch.randperm(len(h), generator=generator)[:n]]).values())
-    out, null = torch.zeros(len(parts), len(parts)), -torch.inf
-    for i in range(len(parts)):
-        for j in range(i):
-            out[i, j] = out[j, i] = mutual_information(parts[i], parts[j])
-            null = max(null, mutual_information(parts[i], parts[j][torch.randperm(len(parts[j]), generator=generator)]))
-    return out, null
+    found = block_information(list(partition.split(h[torch.randperm(len(h), generator=generator)[:n]]).values()), generator)
+    return found.nats.float(), found.largest
 
 # %% ../nbs/02_partition.ipynb #read-published
 def read_published(
@@ -1374,7 +1381,7 @@ def compare(
     if (a.site, len(a.basis)) != (b.site, len(b.basis)):
         raise ValueError(f"a partition of {a.site}, {len(a.basis)} wide, and one of {b.site}, {len(b.basis)} wide: compare two of one site")
     x, y = ([o.double() for o in p.bases.values()] for p in (a, b))
-    overlap = torch.tensor([[((u.T@v).square().sum()/max(u.shape[1], v.shape[1])).item() for v in y] for u in x])
+    overlap = _overlap(x, y)
     rows, cols = linear_sum_assignment(overlap, maximize=True)
     pairs = [dict(a=a.names[i], b=b.names[j], overlap=overlap[i, j].item(), angle=math.degrees(subspace_angles(x[i].numpy(), y[j].numpy())[0])) for i, j in zip(rows, cols)]
     unmatched = dict(a=[o for i, o in enumerate(a.names) if i not in rows], b=[o for j, o in enumerate(b.names) if j not in cols])
@@ -1502,9 +1509,9 @@ def merged_truth(
         e, u = torch.linalg.eigh(b.T.double()@cov@b.double())
         if k != "rest" and e[-1] > floor: held[k] = b@u[:, e > floor].float()
     z = {k: whiten(h@b)[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))] for k, b in held.items()}
-    groups = networkx.Graph([(a, b) for a in z for b in z if a != b and predicted_share(z[a], z[b], generator) > .5])
-    groups.add_nodes_from(z)
-    parts = [[k for k in z if k in o] for o in networkx.connected_components(groups)]
+    names = list(z)
+    pairs = [(i, j) for i, a in enumerate(names) for j, b in enumerate(names) if i != j and predicted_share(z[a], z[b], generator) > .5]
+    parts = [[names[i] for i in o] for o in joined(len(names), pairs)]
     return {"+".join(o): torch.linalg.svd(torch.cat([held[k] for k in o], 1), full_matrices=False)[0] for o in parts}
 
 # %% ../nbs/02_partition.ipynb #score-circuit
@@ -1550,5 +1557,6 @@ def _trained_results(seeds):
     h, labels, good = rows["blocks.0.hook_resid_mid"], {k: rows[k] for k in ("token", "previous token", "position")}, 0
     for seed in range(seeds):
         p = name_subspaces(find_partition(h, "blocks.0.hook_resid_mid", seed), h, labels)
-        good += set(p.names) - {"rest"} == set(labels) and all(variable_shares(p, h, labels)[k][k] > .65 for k in labels)
+        shares = variable_shares(p, h, labels)
+        good += set(p.names) - {"rest"} == set(labels) and all(shares[k][k] > .65 for k in labels)
     return [dict(what="trained copy model, the three variables found", figure=good, unit=f"of {seeds} seeds", bar="90%", held=good >= .9*seeds)]

@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live
 from subspace_circuits.circuits import KeepOnly, divergence, find_circuit, read_site, to_graph, write_site
-from subspace_circuits.partition import Partition, between_class, determination, grow_partition, mutual_information_matrix, name_subspaces, variable_shares
-from subspace_circuits.partition import partition_site as learn_partition
+from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, variable_shares
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model, model_configs
 
@@ -127,7 +126,6 @@ def partition_site(out: str, site: str, seed: int):
     rows = live(store, site, last_layer(store))
     h, known = store[site][rows], {k: store.column(k)[rows] for k in labels}
     p = learn_partition(h, site, seed, weights=store.info["capture"]["weights"])
-    p.info.pop("seconds", None) # the same seed gives the same bytes
     name_subspaces(p, h, known).save_pretrained(folder_of(Path(out), site))
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import batch_rows, open_task, ranks
-from .neighbors import nearest, nearest_neighbors
-from .partition import Partition, ndm
+from .neighbors import nearest_neighbors
+from .partition import Partition, block_distances, ndm, units
 from .toy_models import _read, _write
 
 # %% ../nbs/02c_published_ndm.ipynb #rotation
@@ -160,9 +160,9 @@ PUBLISHED = {
 class PublishedRun:
     "Where a run of the published algorithm stands, and how to store it."
     def __init__(self, h, job): # Activations; all that decides the result
-        d, u = h.shape[1], job["unit"]
+        d = h.shape[1]
         self.step, self.done, self.job, self.history, self.best, self.error = 0, False, job, [], math.inf, 0.
-        self.sizes = [u]*(d//u) + ([d % u] if d % u else [])
+        self.sizes = units(d, job["unit"])
         self.rotation = Rotation(torch.eye(d, device=h.device), job["lr"])
         self.best_basis = self.rotation.base
 
@@ -383,10 +383,7 @@ def held_out(
 )->Callable[[Tensor], float]: # Basis to objective
     "Make the judge of a comparison: mean over blocks of the distance to the nearest neighbour, always of the same queries in the same pool."
     q, k = h.float().split([queries, len(h) - queries])
-    def judge(basis):
-        a, b = q@basis, k@basis
-        return torch.stack([(x - y[i]).norm(dim=1).mean() for x, y, i in zip(a.split(sizes, 1), b.split(sizes, 1), nearest(a, b, sizes))]).mean().item()
-    return judge
+    return lambda basis: block_distances(q@basis, k@basis, sizes).mean().item()
 
 # %% ../nbs/02c_published_ndm.ipynb #public-trainer
 def public_trainer(
