@@ -90,10 +90,11 @@ def _print_figures(figures: list[dict], as_json: Optional[Path]):
 
 @benchmark.command("partition")
 def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="Few toys and circuits, no wide mixture: a check that it runs.")] = False,
+                        seeds: Annotated[int, typer.Option(help="Of each planted family: about half an hour each.")] = 1,
                         as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
     "The closed form and the whole method wherever the answer is known; each figure beside its bar."
     from subspace_circuits.partition import benchmark_partition
-    _print_figures(benchmark_partition(quick), as_json)
+    _print_figures(benchmark_partition(quick, seeds), as_json)
 
 
 @benchmark.command("speed")

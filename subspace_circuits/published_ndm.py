@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Rotation', 'ndm_loss', 'published_information', 'merge_pairs', 'remix', 'PublishedRun', 'train_ndm',
-           'split_ndm', 'Reconstruction', 'Discriminator', 'minimax', 'planted_blocks', 'held_out', 'public_trainer',
-           'run_public', 'fast_search', 'run_ours', 'race', 'benchmark_speed']
+           'split_ndm', 'Reconstruction', 'Discriminator', 'minimax', 'held_out', 'public_trainer', 'run_public',
+           'fast_search', 'run_ours', 'race', 'benchmark_speed']
 
 # %% ../nbs/02c_published_ndm.ipynb #imports
 import json, math, sys, time, zlib
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .activations import batch_rows, open_task, ranks
 from .neighbors import nearest_neighbors
-from .partition import Partition, block_distances, ndm, units
+from .partition import Partition, block_distances, ndm, planted_mixture, units
 from .toy_models import _read, _write
 
 # %% ../nbs/02c_published_ndm.ipynb #rotation
@@ -359,22 +359,6 @@ def minimax(
     info = dict(method=f"minimax, {adversary.__name__.lower()}", seed=seed, loss=losses[::max(1, steps//50)], share=sum(late)/len(late)/net.none)
     return Partition({f"s{i}": o for i, o in enumerate(rotation().detach().split(sizes, 1))}, site, h.mean(0), info)
 
-# %% ../nbs/02c_published_ndm.ipynb #planted-blocks
-def planted_blocks(
-    n:int, # Rows
-    generator:torch.Generator, blocks:int=24, width:int=32, # Subspaces and their dimension
-    symbols:int=64, # Codes of each
-    active:float=.1, # How often it is not silent
-)->tuple[Float[Tensor, "row d"], Float[Tensor, "d d"]]: # Rows in half precision; the basis whose blocks are the subspaces
-    "Draw rows of independent subspaces, turned at random."
-    d, codes = blocks*width, torch.randn(blocks, symbols, width, generator=generator)
-    basis, rows = torch.linalg.qr(torch.randn(d, d, generator=generator))[0], []
-    for some in torch.arange(n).split(2**14):
-        scale = (torch.rand(len(some), blocks, generator=generator) < active)*(.5 + torch.rand(len(some), blocks, generator=generator))
-        z = codes[torch.arange(blocks), torch.randint(symbols, scale.shape, generator=generator)]*scale[..., None]
-        rows.append(((z.flatten(1) + .02*torch.randn(len(some), d, generator=generator))@basis.T).half())
-    return torch.cat(rows), basis
-
 # %% ../nbs/02c_published_ndm.ipynb #objective
 def held_out(
     h:Float[Tensor, "row d"], # Rows that no search has seen
@@ -507,7 +491,7 @@ def benchmark_speed(
     "Time to the public code's held-out objective: a trained model in units of 8, and a planted mixture of 768 dimensions in units of 32."
     trainer, generator = public_trainer(reference), torch.Generator().manual_seed(0)
     block, spare, rates, out = 16_384, 2**13 + 9216, (3e-4, 3e-3, 1e-2), {}
-    data = (lambda n: _site_rows(model, n, generator)), lambda n: planted_blocks(n, generator)[0]
+    data = (lambda n: _site_rows(model, n, generator)), lambda n: planted_mixture(24, 32, n, generator, off=.9, noise=.02, features=64)[0].half()
     for rows, unit, keys, limit in zip(data, (8, 32), (2, 1) if quick else (6, 25), (4, 6) if quick else seconds):
         h = rows(keys*block + spare)
         figures = race(trainer, h, [unit]*(h.shape[1]//unit), dict.fromkeys(rates, limit), keys, block, search)

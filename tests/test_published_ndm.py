@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspace_circuits.published_ndm import ndm_loss, planted_blocks, public_trainer, race, train_ndm
+from subspace_circuits.partition import planted_mixture
+from subspace_circuits.published_ndm import ndm_loss, public_trainer, race, train_ndm
 
 brief = dict(unit=2, pool=301, steps=60, lr=1e-2, merge_start=30, merge_interval=10, merge_threshold=.04, mi_keys=200, mi_batches=2, remix_interval=10, batch=32)
 program = """
@@ -103,7 +104,7 @@ def test_what_is_no_checkout_is_refused_in_one_line(tmp_path):
 
 def test_a_race_is_won_by_searching_and_not_by_standing_still(checkout):
     torch.set_num_threads(1)
-    h = planted_blocks(2*512 + 300 + 9216, torch.Generator().manual_seed(0), blocks=2, width=4, symbols=9, active=.7)[0]
+    h = planted_mixture(2, 4, 2*512 + 300 + 9216, torch.Generator().manual_seed(0), off=.3, features=9)[0].half()
     run = lambda **k: race(public_trainer(checkout), h, [4, 4], {1e-5: .3, 3e-5: .3}, 2, 512, **k)
     figures = run()
     for o in figures.values():
