@@ -319,7 +319,7 @@ def jacobian_energy(
     G, C = g.T@g/len(g), m.cov["read", site].float()
     X, Y = [u.T@W_in for u in read.bases.values()], [W_out@u for u in write.bases.values()]
     total = 0
-    for part in torch.arange(len(G)).split(512):
+    for part in torch.arange(len(G)).split(128):
         K = torch.stack([(x[:, part].T@(u.T@C@u)@x*G[part]).flatten() for x, u in zip(X, read.bases.values())])
         total = total + K@torch.stack([(y[part]@y.T).flatten() for y in Y]).T
     return total.to(w.dtype)
@@ -442,7 +442,7 @@ class HeadNull:
 def neuron_energy(
     m:Moments, layer:int, read:Partition, write:Partition, # Of the sites the MLP reads and writes
     left:Float[Tensor, "draw d d"]|None=None, right:Float[Tensor, "draw d d"]|None=None, # Rotations of what neurons read and write
-    most:int=256, # How many neurons to look at, the largest
+    most:int=128, # How many neurons to look at, the largest
 )->Float[Tensor, "... a c"]:
     "Compute the share of the energy that single neurons carry from each subspace to each, as they are or rotated."
     w, site = m.weights, write_site(layer)
@@ -931,7 +931,8 @@ def find_circuit(
     keep, kept = repair(held, keep, kept, [o for o in start if identity(o) not in mine], price)
     kept = trim(kept, joined)
     keep = run(kept)
-    need = {identity(o): s - held(keep) for o, s in zip(kept, held.singles(keep, kept))}
+    lost = [[s - now for s in j.singles(keep, kept)] for j in (judge, held) for now in [j(keep)]]
+    need = {identity(o): max(v) for o, *v in zip(kept, *lost)} # on either sample
     kept = [o | dict(necessity=need[identity(o)]) for o in kept]
     curve.note("circuit", kept)
     ranked, chosen = sorted(kept, key=lambda o: -o["necessity"]), len(curve) - 1

@@ -179,8 +179,9 @@ def faithfulness(model, task, moments, partitions: dict, edges: list, lengths: d
 
 def summary(edges: list, found: dict) -> dict:
     "Counts, curve and choice of a circuit."
-    return dict(n_edges=len(edges), n_candidates=len(found["candidates"]), n_significant=significant(found["candidates"]), curve=found["curve"],
-                chosen=found["chosen"], budget=dict(epsilon=found["epsilon"], price=found["price"]))
+    curve = [o for o in found["curve"] if o["stage"] != "budget" or o["epsilon"] in (0, found["epsilon"])]
+    return dict(n_edges=len(edges), n_candidates=len(found["candidates"]), n_significant=significant(found["candidates"]), curve=curve,
+                chosen=[o["stage"] for o in curve].index("circuit"), budget=dict(epsilon=found["epsilon"], price=found["price"]))
 
 
 def example(model, task, seed: int) -> dict:
