@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live
-from subspace_circuits.circuits import KeepOnly, divergence, find_circuit, read_site, to_graph, write_site
+from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
 from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, variable_shares
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model, model_configs
@@ -34,9 +34,10 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     partitions = {o: Partition.from_pretrained(folder_of(out, o)) for o in sites}
     with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], model.cfg.n_layers, seed) for o in sites}
     with clock("circuit"):
-        edges, found = find_circuit(model, task, store, partitions, seed=seed)
-        graph = to_graph(model, store, partitions, edges)
-    with clock("keep-only"): scores = faithfulness(model, task, store, partitions, edges, lengths)
+        moments = Moments(model, task, seed=seed)
+        edges, found = find_circuit(model, task, moments, partitions, answers=800, seed=seed)
+        graph = to_graph(model, moments, partitions, edges)
+    with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, lengths)
     control = json.loads((out/"control.json").read_text())
     _write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()})
     _write_json(out/"circuit.json", nx.node_link_data(graph, edges="edges"))
@@ -45,7 +46,7 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     metrics = dict(**scores, head_scores=head_scores(model, batch), sites={k: v["summary"] for k, v in evidence.items()},
                    circuit=summary(edges, found) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
                    seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
-    _write_json(out/"config.json", job | dict(rows=len(store), settings=dict(tolerance=found["tolerance"])))
+    _write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])))
     _write_json(out/"metrics.json", rounded(metrics))
     write_report(out)
     return json.loads((out/"metrics.json").read_text())
@@ -66,8 +67,8 @@ def scored_on(config: dict) -> dict[str, tuple[int, int]]:
 
 
 def run_sites(model) -> list[str]:
-    "The sites that attention layers read and write, in order."
-    return [o for i in range(model.cfg.n_layers) for o in (read_site(i), write_site(i))]
+    "The sites between components, in order; what the last MLP writes only the logits read, and nothing has to be learned there."
+    return circuit_sites(model)[:-1]
 
 
 def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
@@ -141,11 +142,17 @@ def control_job(name: str, out: str, seed: int, lengths: dict):
     folder, sites = Path(out)/"control", run_sites(model)
     store = capture(model, task, sites, folder, shards=3, seed=seed)
     partitions = {o: grow_partition(store[o][live(store, o, model.cfg.n_layers)], o, seed, pools=(256, 1024)) for o in sites}
-    edges, _ = find_circuit(model, task, store, partitions, seed=seed)
-    result = dict(n_edges=len(edges), n_significant=sum(o["p"] <= .05 for o in edges),
-                  accuracy={k: accuracy(KeepOnly(model, store, partitions, edges), task, v, n=100) for k, v in lengths.items()})
+    moments = Moments(model, task, seed=seed)
+    edges, _ = find_circuit(model, task, moments, partitions, seed=seed)
+    result = dict(n_edges=len(edges), n_significant=significant(edges),
+                  accuracy={k: accuracy(KeepOnly(model, moments, partitions, edges), task, v, n=100) for k, v in lengths.items()})
     _write_json(Path(out)/"control.json", result)
     shutil.rmtree(folder)
+
+
+def significant(edges: list) -> int:
+    "Number of edges that random components would hardly have."
+    return sum(o["p"] is not None and o["p"] <= .05 for o in edges)
 
 
 def site_evidence(store: ActivationStore, p, n_layers: int, seed: int) -> dict:
@@ -163,19 +170,18 @@ def site_evidence(store: ActivationStore, p, n_layers: int, seed: int) -> dict:
         matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(), mutual_information_null=mi_null)))
 
 
-def faithfulness(model, task, store, partitions: dict, edges: list, lengths: dict) -> dict:
+def faithfulness(model, task, moments, partitions: dict, edges: list, lengths: dict) -> dict:
     "Accuracy of the model, of the keep-only model and of none, at trained and at longer lengths; KL of the keep-only model."
-    models = dict(full=model, keep_only=KeepOnly(model, store, partitions, edges), null=KeepOnly(model, store, partitions, []))
+    models = dict(full=model, keep_only=KeepOnly(model, moments, partitions, edges), null=KeepOnly(model, moments, partitions, []))
     scores = {k: {name: accuracy(o, task, v, n=300, seed=5) for name, v in lengths.items()} for k, o in models.items()}
     return dict(accuracy=scores, kl={k: divergence(model, models[k], task, seed=5) for k in ("keep_only", "null")})
 
 
 def summary(edges: list, found: dict) -> dict:
     "Counts, curve and choice of a circuit."
-    significant = sum(o["p"] <= .05 for o in found["candidates"])
-    curve = [o | dict(epsilon=str(o["epsilon"])) if o["epsilon"] == float("inf") else o for o in found["curve"]]
-    return dict(n_edges=len(edges), n_candidates=len(found["candidates"]), n_significant=significant, curve=curve, chosen=found["chosen"],
-                budget=dict(epsilon=curve[found["chosen"]]["epsilon"], tolerance=found["tolerance"]))
+    curve = [o for o in found["curve"] if o["stage"] != "budget" or o["epsilon"] in (0, found["epsilon"])]
+    return dict(n_edges=len(edges), n_candidates=len(found["candidates"]), n_significant=significant(found["candidates"]), curve=curve,
+                chosen=[o["stage"] for o in curve].index("circuit"), budget=dict(epsilon=found["epsilon"], price=found["price"]))
 
 
 def example(model, task, seed: int) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 __all__ = ["write_report"]
 
 assets = Path(__file__).parent/"assets"
-edge_words = dict(Q="query", K="key", OV="moved by the head", MLP="MLP, whole", skip="stays in the stream", embed="embedding",
+edge_words = dict(Q="query", K="key", OV="moved by the head", MLP="MLP", skip="stays in the stream", embed="embedding",
                   unembed="unembedding")
 
 
@@ -214,7 +214,8 @@ def head_boxes(graph, config: dict, xs: dict) -> tuple[list, list]:
 def stream_box(o: dict, most: int) -> dict:
     "Size and words of a node of the residual stream, or of an MLP above it."
     if o["kind"] == "mlp":
-        return dict(y=-46, h=46, label=f"MLP {o['layer']}", sub="whole", tip=f"MLP {o['layer']}, whole: kept as it is, not scored")
+        name = f"MLP {o['layer']}" + (f" → {o['target']}" if o.get("target") else "")
+        return dict(y=-52*(1 + o.get("slot", 0)), h=46, label=f"MLP {o['layer']}", sub=o.get("target", ""), tip=name)
     if o["kind"] == "output": return dict(h=stream, tip=o["label"])
     if o["kind"] == "input": return dict(tip=o["label"])
     return dict(h=max(line, stream*o["d"]/most), sub=f"d {o['d']}", tip=f"{o['label']}, {o['d']} dimensions of {o['site']}")
@@ -291,12 +292,12 @@ def short(site: str) -> str:
 
 
 def edge_rows(graph) -> list[dict]:
-    "Every edge but the MLPs' as a table row, Q and K as one match; heads first, strongest first within a head and type."
+    "Every scored edge as a table row, Q and K as one match; components first, strongest first within one and its type."
     site = {i: short(o.get("site", "")) for i, o in graph.nodes(data=True)}
     rows = [dict(o, type="QK", label=node_name(graph, i), where=site[next(graph.predecessors(i))])
             for i, o in graph.nodes(data=True) if o.get("kind") == "match" and graph.in_degree(i)]
     rows += [dict(e, label=f"{node_name(graph, s)} → {node_name(graph, t)}", where=" → ".join(filter(None, [site[s], site[t]])))
-             for s, t, e in graph.edges(data=True) if e["type"] not in ("Q", "K", "MLP")]
+             for s, t, e in graph.edges(data=True) if e["type"] not in ("Q", "K") and (e["type"] != "MLP" or e["score"] is not None)]
     types = ["QK", *edge_words]
     def place(o): return o.get("component") is None, o.get("component") or "", types.index(o["type"]), -abs(o.get("score") or 0)
     return sorted(rows, key=place)

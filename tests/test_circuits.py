@@ -1,0 +1,153 @@
+"What circuits must not depend on, on random models of every supported shape, and what they refuse."
+import copy, math
+
+import pytest
+import torch
+
+from subspace_circuits.activations import given
+from subspace_circuits.circuits import (MODES, Judge, KeepOnly, Moments, Weights, check_partitions, circuit_sites, compositions, find_circuit, haar_mean, identity, jaccard,
+                                        keep_edges, links, living, ov_energy, paths, qk_energy, read_site, score_edges, to_graph, trim, write_site)
+from subspace_circuits.known_circuits import null_model, plant
+from subspace_circuits.partition import Partition
+from subspace_circuits.toy_models import Task, accuracy, new_model
+
+SHAPES = {"attention only": dict(attn_only=True, normalization_type=None), "layer norm": dict(), "norm without weights": dict(normalization_type="LNPre"),
+          "RMS norm, rotary, gated, shared keys": dict(normalization_type="RMS", n_key_value_heads=2, positional_embedding_type="rotary", rotary_dim=8, gated_mlp=True, act_fn="silu")}
+
+
+class Noise(Task):
+    "Random tokens, every one of which is asked for."
+    name, lengths = "noise", (12, 12)
+    def __init__(self): pass
+    def sample(self, n, lengths=None, generator=None, n_ctx=None):
+        batch = given(torch.randint(0, 20, (n, 12), generator=generator))
+        return batch._replace(scored=batch.real & (batch.positions < 11))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(): torch.set_num_threads(1)
+
+
+def model_of(shape):
+    net = new_model(20, 2, 4, 32, 16, **SHAPES[shape]).requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    for v in net.parameters(): v.data += .1*torch.randn(v.shape, generator=g)
+    return net
+
+
+def cut(net, seed=0):
+    "Random partitions into four parts."
+    g = torch.Generator().manual_seed(seed)
+    return {s: Partition({f"s{i}": o for i, o in enumerate(torch.linalg.qr(torch.randn(32, 32, generator=g))[0].split([4, 12, 8, 8], 1))}, s) for s in circuit_sites(net)}
+
+
+def truth(known): return {s: Partition(b, s) for s, b in known.bases.items() if s in circuit_sites(known.model)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_everything_kept_is_the_model(shape):
+    net = model_of(shape)
+    moments, partitions = Moments(net, Noise(), n=20), cut(net)
+    edges, batch = score_edges(net, moments, partitions, draws=16), Noise().sample(4, generator=torch.Generator().manual_seed(1))
+    want = net(batch.tokens, position_ids=batch.positions)
+    for mode in MODES: assert (KeepOnly(net, moments, partitions, edges, mode)(batch.tokens, batch.positions) - want).abs().max() < 1e-3
+    assert all(math.isfinite(o[k]) for o in edges for k in ("score", "data_free", "enrichment", "p") if o.get(k) is not None)
+    part = KeepOnly(net, moments, partitions, edges[::2])
+    assert torch.allclose(part(batch.tokens, batch.positions), part.changed(edges[::4]).changed(more=edges[::4])(batch.tokens, batch.positions), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_gauge_and_softmax_shift(shape):
+    "A change of basis inside heads (rotary positions allow only what commutes with them), values against outputs, and a key bias change no score."
+    net, g = model_of(shape), torch.Generator().manual_seed(2)
+    moments, p = Moments(net, Noise(), n=20), cut(net)
+    site, out = p[read_site(1)], p[write_site(1, net.cfg.attn_only)]
+    before = qk_energy(moments, 1, site), ov_energy(moments, 1, site, out)
+    L, d = moments.weights.heads[1], net.cfg.d_head
+    G, V = (torch.randn(4, d, d, generator=g) + 4*torch.eye(d) for _ in range(2))
+    if moments.weights.rotary is not None: G = 2*torch.eye(d).expand(4, d, d)
+    L |= dict(Q=L["Q"]@G, bQ=(L["bQ"][:, None]@G)[:, 0], K=L["K"]@torch.linalg.inv(G).mT, bK=(L["bK"][:, None]@torch.linalg.inv(G).mT)[:, 0], V=5*L["V"]@V, O=torch.linalg.inv(V)@L["O"]/5)
+    if moments.weights.rotary is None: L["bK"] = L["bK"] + torch.randn(4, d, generator=g) # adds the same to all keys of a query
+    for a, b in zip(before, (qk_energy(moments, 1, site), ov_energy(moments, 1, site, out))): assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [None, "RMSPre"])
+def test_joint_rotation_of_stream_and_subspaces(norm):
+    net = new_model(20, 2, 4, 32, 16, attn_only=True, normalization_type=norm).requires_grad_(False)
+    R, twin = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))[0], copy.deepcopy(net)
+    for k, v in twin.original_model.named_parameters():
+        if k.endswith("weight") and v.dim() == 2: v.data = R.T@v.data if ".o." in k else v.data@R
+        elif ".o." in k: v.data = v.data@R
+    p = cut(net)
+    turned = {s: Partition({k: R.T@u for k, u in o.bases.items()}, s) for s, o in p.items()}
+    one, two = (score_edges(n, Moments(n, Noise(), n=20), q, draws=16) for n, q in ((net, p), (twin, turned)))
+    for a, b in zip(one, two): assert identity(a) == identity(b) and abs(a["score"] - b["score"]) <= 1e-3*abs(a["score"]) + 1e-6
+
+
+def test_exact_mean_over_rotations():
+    g = torch.Generator().manual_seed(0)
+    M, parts = torch.randn(6, 6, generator=g, dtype=torch.double), torch.eye(6, dtype=torch.double).split([1, 2, 3], 1)
+    size, square, trace = M.square().sum(), (M@M).trace(), M.trace().square()
+    draws = torch.linalg.qr(torch.randn(20_000, 6, 6, generator=g, dtype=torch.double))[0]
+    turned = draws@M@draws.mT
+    mean = torch.stack([torch.stack([(a.T@turned@b).square().sum((1, 2)).mean() for b in parts]) for a in parts])
+    assert torch.allclose(mean, haar_mean(parts, parts, size, square, trace), rtol=.05)
+
+
+@pytest.mark.parametrize("family", ["histogram", "modular_addition"])
+def test_planted_circuit_is_found(family):
+    known = plant(family, seed=4, certified=False)
+    moments, partitions = Moments(known.model, known.task, n=100), truth(known)
+    kept, info = find_circuit(known.model, known.task, moments, partitions)
+    inner = {identity(o) for o in kept if o["type"] in ("QK", "OV", "MLP")}
+    assert inner == {identity(o) for o in known.edges} and min(o["necessity"] for o in kept) >= info["price"]
+    assert accuracy(KeepOnly(known.model, moments, partitions, kept), known.task, n=100) >= .99
+    assert paths(compositions(kept, links(moments, partitions))) and "logits" in to_graph(known.model, moments, partitions, kept)
+    again = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100, seed=9), partitions, seed=9)[0]
+    assert jaccard(kept, again) == 1
+
+
+def test_rotary_circuit_is_found():
+    known = plant("induction", rotary=True, certified=False)
+    kept, _ = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100), truth(known))
+    assert {identity(o) for o in kept if o["type"] in ("QK", "OV")} == {identity(o) for o in known.edges}
+
+
+@pytest.mark.parametrize("kind", ["rotated", "untrained"])
+def test_random_models_are_silent(kind):
+    known = plant("modular_addition", certified=False)
+    for seed in range(3):
+        net = null_model(known.model, kind, seed)
+        moments = Moments(net, known.task, n=60)
+        assert living(score_edges(net, moments, truth(known), seed=seed + 50)) == set()
+    assert find_circuit(net, known.task, moments, truth(known))[0] == []
+
+
+def test_trim_and_budget():
+    at = dict(layer=0, head=0, component="L0H0", site_a="s", p=None)
+    edges = [at | dict(type="QK", a="x", b="x", score=9., site_b="s"), at | dict(type="QK", a="x", b="y", score=1., site_b="s"), at | dict(type="OV", a="x", b="y", score=.6, site_b="t"),
+             at | dict(type="OV", a="y", b="y", score=.01, site_b="t"), dict(component="unembed", layer=None, head=None, type="unembed", a="y", b="logits", score=1., site_a="t", site_b="logits")]
+    assert [(o["type"], o["a"]) for o in keep_edges(edges, 1)] == [("QK", "x"), ("OV", "x"), ("unembed", "y")]
+    assert keep_edges(edges[:2], 1) == [] and trim(edges, {"s": {"x": {"x"}, "y": {"y"}}}) == edges
+    assert trim([o for o in edges if o["type"] != "OV"], {"s": {"x": {"x"}, "y": {"y"}}}) == edges[-1:]
+
+
+def test_refusals():
+    net = model_of("layer norm")
+    moments, p = Moments(net, Noise(), n=20), cut(net)
+    for o in circuit_sites(net)[:-1]:
+        with pytest.raises(ValueError, match=f"no partition of {o}"): check_partitions(net, {k: v for k, v in p.items() if k != o})
+    with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"):
+        check_partitions(net, p | {read_site(0): Partition(p[read_site(0)].bases, read_site(0), info=dict(weights="a"*64))})
+    with pytest.raises(ValueError, match="at least 64 are needed"): Moments(net, Noise(), n=5)
+    with pytest.raises(ValueError, match="these moments are of another model"): score_edges(model_of("layer norm"), moments, p)
+    capped = copy.deepcopy(net)
+    capped.original_model.output_logits_soft_cap = 1.
+    with pytest.raises(ValueError, match="does not answer as its weights say"): Weights(capped)
+
+
+def test_judge_counts_only_what_right_answers_lose():
+    known = plant("histogram", certified=False)
+    judge = Judge(known.model, known.task)
+    assert judge(known.model) < 1e-5 and abs(judge.mean(known.model)) < 1e-6
+    assert judge(KeepOnly(known.model, Moments(known.model, known.task, n=60), truth(known), [])) > 1
