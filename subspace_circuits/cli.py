@@ -137,6 +137,24 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
     print(found)
 
 
+@app.command()
+def evaluate(suite: Annotated[str, typer.Argument(help="ioi, greater-than, knowledge-conflict, carriers or mutual-information.")],
+             model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, or a hub id.")], *,
+             partitions: Annotated[Path, typer.Option(help="A partition, or a folder of partitions, each of its own site.")],
+             out: Annotated[Path, typer.Option(help="JSON file to write, with its figure beside it as .html; resumed, or refused if it holds another job.")],
+             facts: Annotated[Optional[Path], typer.Option(help="For knowledge-conflict: a JSON file of question, context, and facts.")] = None,
+             prompts: Annotated[int, typer.Option(min=2, help="Prompts of a test, sequences, or rows.")] = 1000,
+             layers: Annotated[Optional[str], typer.Option(help="Layers to patch instead of the published ones, as test1=0,test2=0.")] = None,
+             supervised: Annotated[bool, typer.Option("--supervised", help="For carriers: learn the best subspace of the same size, as a bound.")] = False,
+             seed: Seed = 0, overwrite: Overwrite = False):
+    "Test causally which subspace carries a variable."
+    from subspace_circuits.evaluation import evaluate, summary
+    if layers and not re.fullmatch(r"[\w-]+=\d+(,[\w-]+=\d+)*", layers): raise ValueError(f"layers {layers!r}: write a test and a layer, as test1=0,test2=0")
+    depth = {k: int(v) for k, v in (o.split("=") for o in layers.split(","))} if layers else None
+    for line in summary(evaluate(suite, model, partitions, out, facts, prompts, depth, supervised, seed, overwrite)): print(line)
+    print(f"figure: {out.with_suffix('.html')}")
+
+
 def main():
     "Exit 2 with one line for the user's mistake; a bug of ours shows its traceback and exits 1."
     try: app()
