@@ -96,6 +96,14 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
     _print_figures(benchmark_partition(quick), as_json)
 
 
+@benchmark.command("evaluation")
+def benchmark_evaluation(*, quick: Annotated[bool, typer.Option("--quick", help="One planted circuit and few prompts: a check that it runs.")] = False,
+                         as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound; each figure beside its bar."
+    from subspace_circuits.evaluation import benchmark_gpt2, benchmark_trained
+    _print_figures(benchmark_gpt2(2 if quick else 32) + benchmark_trained(1 if quick else 3), as_json)
+
+
 @benchmark.command("speed")
 def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of the public SubspacePartition repository; imported, never written to.")], *,
                     model: Annotated[str, typer.Option(help="A model with a residual stream; read after its first attention.")] = "induction",
