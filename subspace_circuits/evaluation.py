@@ -111,6 +111,7 @@ class Patch(NamedTuple):
     basis: Float[Tensor, "d_model k"]      # Orthonormal
     places: tuple[int, ...]|None = None    # Columns of `Pairs.at`; all if None
 
+# %% ../nbs/02a_evaluation.ipynb #place
 def _place(model, site):
     "The layer a site belongs to, and the hook it is patched at: the end of a layer is the start of the next."
     found = re.match(r"blocks\.(\d+)\.", site)
@@ -155,6 +156,7 @@ def _states(model, pairs, sites):
     finally: note.remove()
     return _States(layer, any(form), start, {o: h[o][row, pairs.source_at] for o in sites})
 
+# %% ../nbs/02a_evaluation.ipynb #exchange-at
 def _exchange_at(pairs, states, todo, shape):
     "A function that gives a stream with some subspaces of some groups taken from the source."
     row = torch.arange(len(pairs))[:, None]
@@ -179,6 +181,7 @@ def _hooks(model, site, exchange):
         return y
     return [(name, middle), (_end(model, layer), lambda x, hook: x + change[0])]
 
+# %% ../nbs/02a_evaluation.ipynb #patched
 def _patched(model, pairs, states, groups):
     "Logits at the position that is read, `group batch vocab`, each group patched its own way."
     n, g, hooks = len(pairs), len(groups), {}
@@ -320,6 +323,7 @@ def _folded(model, norm, W):
     W = W if scale is None else scale.detach()[:, None]*W
     return W - W.mean(0) if model.cfg.normalization_type in ("LN", "LNPre") else W
 
+# %% ../nbs/02a_evaluation.ipynb #readers-of
 def readers(
     model:nn.Module, # A TransformerLens model
     site:str, # A site of the residual stream, or what a layer adds to it
@@ -370,6 +374,7 @@ def activations_at(
     parts = [pairs.take(slice(s, s + 256)) for s in range(0, len(pairs), 256)]
     return torch.cat([read(o.base, o.at) for o in parts]), torch.cat([read(o.source, o.source_at) for o in parts])
 
+# %% ../nbs/02a_evaluation.ipynb #naturalness
 def naturalness(
     h:Float[Tensor, "row d_model"], source:Float[Tensor, "row d_model"], # Activations of base and source, row by row
     basis:Float[Tensor, "d_model k"], # The subspace that is patched
@@ -416,6 +421,7 @@ def supervised_subspace(
     "Learn the subspace that carries a variable from the answers (DAS with RAVEL's isolation), on pairs that are not held out."
     g, named = torch.Generator().manual_seed(seed), [variable, *(o for o in tests if o != variable)]
     parts = [tests[o].take(~tests[o].held_out) for o in named]
+    if not all(len(o) and len(o) < len(tests[k]) for k, o in zip(named, parts)): raise ValueError("no pairs are held out, or all are: a supervised subspace needs pairs with several answers")
     d = model.cfg.d_model
     free = torch.randn(d, k, generator=g).requires_grad_()
     adam = torch.optim.Adam([free], lr=lr)
@@ -486,11 +492,12 @@ def _reader_patches(basis, grams):
 def _checks(f, least):
     "The safeguards, from the figures."
     by_reader, control = f["readers"]["all readers"], f["random"]
-    checks = {"the answer follows": f["cause"] >= max(least*f["whole"], .5), "held-out values follow": f["cause, held out"] >= least*f["whole"],
+    checks = {"the answer follows": f["cause"] >= max(least*f["whole"], .5),
               "the whole site does as much": f["cause"] <= f["whole"] + .05, "the rest does not": f["complement"] <= 1 - least,
               "random ones do not": control["dimension"] <= f["cause"]/2 and (control["variance"] <= f["cause"]/2 or control["overlap"] > .5),
               "what readers see suffices": by_reader["seen"] >= least*f["cause"], "what they do not see does nothing": by_reader["unseen"] <= 1 - least,
               "its seen part varies as much": f["natural, seen part"]["stretch"] <= 5}
+    if f["cause, held out"] is not None: checks["held-out values follow"] = f["cause, held out"] >= least*f["whole"]
     if f["isolate"] is not None: checks["others stay"] = f["isolate"] >= least
     if f["isolate"] is not None and f["whole, others"] >= .5: checks["the rest moves the others"] = f["complement, others"] >= least*f["whole, others"]
     if "supervised" in f: checks["as good as supervised"] = f["cause, held out"] >= f["supervised"] - .05
@@ -539,7 +546,8 @@ def _figures(pairs, out, others, shares, draws, supervised, overlap):
     either = lambda name: mean([o.rate(name) for o in others.values()])
     cause, isolate = out.rate("subspace"), mean([o.rate("subspace", 0) for o in others.values()])
     kinds = {"dimension": "random", "variance": "matched"}
-    f = {"pairs": len(pairs), "answers as expected, unpatched": out.rate("none", 0), "cause": cause, "cause, held out": out.rate("subspace", rows=held), "isolate": isolate, "disentangle": None if isolate is None else (cause + isolate)/2,
+    f = {"pairs": len(pairs), "answers as expected, unpatched": out.rate("none", 0), "cause": cause, "cause, held out": out.rate("subspace", rows=held) if held.any() else None,
+         "isolate": isolate, "disentangle": None if isolate is None else (cause + isolate)/2,
          "drop of logit difference": out.drop("subspace"), "drop of probability": out.drop("subspace", "probability"), "whole": out.rate("whole"), "whole, others": either("whole"),
          "complement": out.rate("complement"), "complement, others": either("complement"),
          "random": {k: mean([out.rate(f"{v} {i}") for i in range(draws)]) for k, v in kinds.items()} | {"overlap": overlap},
@@ -594,6 +602,7 @@ def _tokens(tokenizer, prompts):
     batch = given(torch.tensor([o + [0]*(width - len(o)) for o in rows]))
     return batch._replace(real=torch.arange(width) < torch.tensor([len(o) for o in rows])[:, None]), places
 
+# %% ../nbs/02a_evaluation.ipynb #usable-words
 def usable_words(
     tokenizer, words:dict|None=None, # Like `WORDS`; those of the shipped model for its own tokenizer
 )->dict:
@@ -611,6 +620,7 @@ def usable_words(
 IOI_TESTS = {"test1": dict(layer=4, at=("after IO", "after S"), change="position"), "test2": dict(layer=6, at=("S2",), change="position"),
              "test3-pos": dict(layer=8, at=("end",), change="position"), "test3-S_name": dict(layer=8, at=("end",), change="name")}
 
+# %% ../nbs/02a_evaluation.ipynb #ioi-write
 def ioi_pairs(
     tokenizer, test:str, # A key of `IOI_TESTS`
     n:int, generator:torch.Generator, # Prompts
@@ -831,12 +841,15 @@ def conflict_pairs(
     end = torch.tensor([o["end"][0] for o in places])
     return {k: make_pairs(batch, _tokens(tokenizer, v)[0], end[:, None], end, answers[:, 0], answers[:, 1]) for k, v in out.items()}
 
+# %% ../nbs/02a_evaluation.ipynb #known-facts
 @torch.no_grad()
 def known_facts(model:nn.Module, tokenizer, facts:Facts)->dict[str, str]: # Entity to attribute
     "Keep the facts that a model completes rightly, its most likely token, without a context."
     batch, places = _tokens(tokenizer, [_filled(facts.question.replace("{entity}", "{q}"), dict(q=e)) for e in facts.facts])
-    logits = torch.cat([model(batch.tokens[s:s + 256], position_ids=batch.positions[s:s + 256])[torch.arange(len(batch.tokens[s:s + 256])), [o["end"][0] for o in places[s:s + 256]]] for s in range(0, len(places), 256)])
-    said = logits.argmax(-1).tolist()
+    end, said = torch.tensor([o["end"][0] for o in places]), []
+    for s in range(0, len(end), 256):
+        logits = model(batch.tokens[s:s + 256], position_ids=batch.positions[s:s + 256])
+        said += logits[torch.arange(len(logits)), end[s:s + 256]].argmax(-1).tolist()
     found = {e: a for (e, a), i in zip(facts.facts.items(), said) if facts.attributes[a] == i}
     if not found: raise ValueError(f"the model completes none of {len(facts.facts)} facts: ask in words it knows, or about other facts")
     return found
@@ -924,9 +937,9 @@ def _draw_suite(name, results):
     if name == "mutual-information":
         cuts = list(next(iter(results.values())))
         return heatmaps({"nats between two subspaces": torch.tensor([[v[k] for k in cuts] for v in results.values()])}, list(results), cuts, digits=2)
-    panels = {site: torch.tensor([list(r.values()) for r in o["rates"].values()]) for site, o in results.items()}
-    first = next(iter(results.values()))["rates"]
-    return heatmaps(panels, list(first), None, digits=2) if len({tuple(p.shape) for p in panels.values()}) > 1 else heatmaps(panels, list(first), list(next(iter(first.values()))), digits=2)
+    variables = list(next(iter(results.values()))["rates"])
+    rows = {f"{site.removeprefix('blocks.')}/{k}": [r[k] for r in o["rates"].values()] for site, o in results.items() for k in o["rates"][variables[0]]}
+    return heatmaps({"interchange accuracy": torch.tensor(list(rows.values()))}, list(rows), variables, digits=2, size=max(330, 26*len(rows)))
 
 # %% ../nbs/02a_evaluation.ipynb #evaluate
 EVALUATIONS = (*SUITES, "knowledge-conflict", "carriers", "mutual-information")
@@ -943,13 +956,15 @@ def evaluate(
     if (name == "knowledge-conflict") != bool(facts): raise ValueError("knowledge-conflict needs --facts, a JSON file of question, context and facts; the other suites take none")
     cuts, out = read_partitions(partitions), Path(out)
     net, tokenizer, task = _opened(model)
-    job = dict(suite=name, model=model, weights=fingerprint(net), partitions={k: fingerprint_of(v) for k, v in cuts.items()}, facts=facts and hashlib.sha256(Path(facts).read_bytes()).hexdigest()[:16] if facts and Path(facts).exists() else None,
-               prompts=n, layers=layers or {}, supervised=supervised, seed=seed)
+    if facts and not Path(facts).is_file(): raise ValueError(f"no facts file {facts}: write question, context and facts as JSON")
+    job = dict(suite=name, model=model, weights=fingerprint(net), partitions={k: fingerprint_of(v) for k, v in cuts.items()},
+               facts=facts and hashlib.sha256(Path(facts).read_bytes()).hexdigest()[:16], prompts=n, layers=layers or {}, supervised=supervised, seed=seed)
     if out.exists() and not overwrite:
         held = _held(out)
         if held.get("job") == job: return held
         raise ValueError(f"{out} holds something else: name another file, or pass --overwrite")
     parts = out.with_suffix(".parts")
+    if overwrite: shutil.rmtree(parts, ignore_errors=True)
     results = _run(name, net, tokenizer, task, model, cuts, facts, n, layers, supervised, seed, parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     _draw_suite(name, results).write_html(out.with_suffix(".html"), include_plotlyjs=True)
@@ -966,6 +981,7 @@ def _opened(model):
     net, tokenizer = open_model(model)
     return net, tokenizer, load_model(model)[1] if model in model_configs() else None
 
+# %% ../nbs/02a_evaluation.ipynb #evaluate-held
 def fingerprint_of(partition:Partition)->str:
     "Identify a partition by its numbers."
     return hashlib.sha256(partition.basis.contiguous().numpy().tobytes() + json.dumps(partition.sizes).encode()).hexdigest()[:16]
@@ -976,6 +992,7 @@ def _held(file):
     except (OSError, ValueError): return {}
     return held if isinstance(held, dict) else {}
 
+# %% ../nbs/02a_evaluation.ipynb #evaluate-run-suite
 def _run(name, net, tokenizer, task, model, cuts, facts, n, layers, supervised, seed, parts):
     "One suite."
     if name != "carriers" and name != "mutual-information" and tokenizer is None: raise ValueError(f"{name} writes prompts, and {model} has no tokenizer: use a model that has one")
@@ -1012,6 +1029,7 @@ def _gpt2_shaped(folder):
     raw = GPT2LMHeadModel(GPT2Config(attn_implementation="eager")).eval().requires_grad_(False)
     return build_bridge_from_module(raw, "GPT2LMHeadModel", hf_config=raw.config, tokenizer=None), open_model(save_small_gpt2(folder, n_layers=1))[1]
 
+# %% ../nbs/02a_evaluation.ipynb #benchmark-gpt2
 def benchmark_gpt2(
     prompts:int=32, # Measured; the bar is for 1000
 )->list[dict]: # What was measured, with its bar
@@ -1058,6 +1076,7 @@ def benchmark_trained(
             figures.append(_figure(f"{name}, {s} ({partition.sizes[s]} dimensions) for {v}: {r.verdict}; cause", cause, f"supervised {bound:.3f}, whole {r.figures['whole']:.3f}", "supervised - .05", cause >= bound - .05))
     return figures
 
+# %% ../nbs/02a_evaluation.ipynb #benchmark-rows
 def _induction_rows():
     task, site = load_model("induction")[1], "blocks.0.hook_resid_mid"
     model = load_model("induction")[0]

@@ -1,13 +1,14 @@
 "What a patch must and must not do, on models of every kind it is made for, and what is refused."
-import json
+import json, subprocess, sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from subspace_circuits.activations import given, open_model
-from subspace_circuits.evaluation import (IOI_TESTS, SUITES, WORDS, Patch, carries, conflict_pairs, copy_tests, evaluate, gini_coefficients, interchange, ioi_pairs, known_tests, make_pairs,
-                                          partition_information, patches_of, prompt_by_prompt, random_like, read_facts, read_partitions, readers, save_small_gpt2, suite, supervised_subspace, whole, year_pairs)
+from subspace_circuits.evaluation import (IOI_TESTS, SUITES, WORDS, Patch, _checks, carries, conflict_pairs, copy_tests, evaluate, gini_coefficients, interchange, ioi_pairs, known_facts, known_tests,
+                                          knowledge_conflict, make_pairs,
+                                          partition_information, patches_of, prompt_by_prompt, random_like, read_facts, read_partitions, readers, save_small_gpt2, single_token, suite, supervised_subspace, whole, year_pairs)
 from subspace_circuits.known_circuits import plant
 from subspace_circuits.partition import Partition
 from subspace_circuits.toy_models import load_model
@@ -51,6 +52,19 @@ def test_a_patch_of_everything_is_the_source(name, small):
             out = interchange(model, pairs, {"whole": whole(site, model.cfg.d_model), "nothing": Patch(site, torch.zeros(model.cfg.d_model, 1))}, rows=7)
             for row, logits in ((0, said[0]), (1, said[1]), (2, said[0])):
                 assert torch.allclose(out.logits[row], logits.gather(1, out.answers), atol=2e-4), (site, row)
+
+
+def test_two_sites_at_once(small):
+    "What is patched whole later hides what was patched before; halves of two sites are neither alone."
+    model = small[0]
+    base, source = (given(torch.randint(0, model.cfg.d_vocab, (6, 9), generator=seeded(i))) for i in (0, 1))
+    pairs, _ = everywhere(model, base, source)
+    early, late = (whole(f"blocks.{i}.hook_resid_post", 24) for i in (2, 7))
+    half = cut(24, 2, early.site)
+    out = interchange(model, pairs, {"late": late, "both": [early, late], "early": Patch(early.site, half.bases["s0"]), "halves": [Patch(early.site, half.bases["s0"]), Patch(late.site, half.bases["s1"])],
+                                     "again": [Patch(early.site, o) for o in half.bases.values()], "all": early})
+    assert torch.allclose(out.logits[1], out.logits[2], atol=1e-4) and torch.allclose(out.logits[5], out.logits[6], atol=1e-4)
+    assert (out.logits[4] - out.logits[3]).abs().max() > .01
 
 
 @pytest.mark.parametrize("name", ["ioi", "small"])
@@ -169,6 +183,33 @@ def test_made_up_names_have_as_many_tokens(tmp_path):
     with pytest.raises(ValueError, match="completes none of 2 facts"): conflict_pairs(model, task.tokenizer, read_facts(file, task.tokenizer), 4, seeded())
 
 
+def test_conflicts_of_a_model_with_a_tokenizer(small, tmp_path):
+    "Facts are whatever the random model happens to say."
+    model, tokenizer = small
+    said = {}
+    for name in WORDS["names"]:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(f"Yesterday {name} gave", add_special_tokens=False)]])
+        word = tokenizer.decode(int(model(ids)[0, -1].argmax())).strip()
+        if single_token(tokenizer, word) == int(model(ids)[0, -1].argmax()): said[name] = word
+    extra = [o for o in ("book", "ring") if o not in said.values()][:1]
+    file = tmp_path/"facts.json"
+    file.write_text(json.dumps(dict(question="Yesterday {entity} gave", context="When {entity} offered a {attribute},", facts=said | {"John": extra[0]}, made_up=WORDS["names"])))
+    facts = read_facts(file, tokenizer)
+    assert set(known_facts(model, tokenizer, facts)) == set(said) - {"John"}
+    found = knowledge_conflict(model, tokenizer, facts, cut(24, 2, "blocks.5.hook_resid_post"), n=20, folder=tmp_path)
+    assert set(found) == {"context", "question"} and set(found["context"]) == {"original", "s0", "s1", "whole"} and all(0 <= x <= 1 for o in found.values() for r in o.values() for x in r.values())
+
+
+def test_each_safeguard_can_fail(known, tests):
+    passing = carries(known.model, Partition(known.bases[SITE], SITE), "token", tests, "token", draws=1).figures
+    assert all(_checks(passing, .9).values())
+    for change, check in ((dict(whole=.2), "the whole site does as much"), (dict(complement=.8), "the rest does not"), ({"complement, others": .1}, "the rest moves the others"), (dict(isolate=.5), "others stay"),
+                          ({"cause, held out": .3}, "held-out values follow"), (dict(random=dict(dimension=.1, variance=.9, overlap=.2)), "random ones do not"), (dict(supervised=1.2), "as good as supervised"),
+                          ({"natural, seen part": dict(stretch=9.)}, "its seen part varies as much"), (dict(readers={"all readers": dict(seen=.1, unseen=0., share=.5)}), "what readers see suffices"),
+                          (dict(readers={"all readers": dict(seen=1., unseen=.9, share=.5)}), "what they do not see does nothing")):
+        assert [k for k, v in _checks(passing | change, .9).items() if not v] == [check]
+
+
 def test_refused_pairs(small):
     with pytest.raises(ValueError, match="unknown test 'test9'"): ioi_pairs(small[1], "test9", 4, seeded())
     with pytest.raises(ValueError, match="0 of 1 verbs are one token"): ioi_pairs(small[1], "test2", 4, seeded(), WORDS | dict(verbs=["bestowed"]))
@@ -201,3 +242,16 @@ def test_evaluate_reuses_and_refuses(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer"): evaluate("ioi", "planted-induction", tmp_path/"cut", tmp_path/"other.json")
     with pytest.raises(ValueError, match="no tests are known for weekdays"): known_tests("weekdays", load_model("weekdays")[1], 9, seeded())
     assert not (tmp_path/"other.json").exists()
+
+
+def test_command_line(tmp_path):
+    call = lambda *args: subprocess.run([sys.executable, "-m", "subspace_circuits.cli", "evaluate", *map(str, args)], capture_output=True, text=True)
+    cut(64, 4, SITE).save_pretrained(tmp_path/"cut")
+    job = ("ioi", "--partitions", tmp_path/"cut", "--out", tmp_path/"ioi.json", "--prompts", 20)
+    done = call("ioi", *job, "--layers", "test1=0,test2=0,test3-pos=0,test3-S_name=0")
+    assert done.returncode == 0 and "test3-S_name, trained: Gini" in done.stdout and (tmp_path/"ioi.html").exists(), done.stderr
+    for args, message in (((), "test1 patches layer 4"), (("--layers", "4"), "write a test and a layer")):
+        refused = call("ioi", *job, *args, "--overwrite")
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+    wrong = call("carrier", *job)
+    assert wrong.returncode == 2 and "unknown suite 'carrier': use one of ioi, greater-than, knowledge-conflict, carriers, mutual-information" in wrong.stderr
