@@ -101,7 +101,7 @@ def benchmark_evaluation(*, quick: Annotated[bool, typer.Option("--quick", help=
                          as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
     "Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound; each figure beside its bar."
     from subspace_circuits.evaluation import benchmark_gpt2, benchmark_trained
-    _print_figures(benchmark_gpt2(2 if quick else 32) + benchmark_trained(1 if quick else 3), as_json)
+    _print_figures(benchmark_gpt2(2 if quick else 16) + benchmark_trained(1 if quick else 3), as_json)
 
 
 @benchmark.command("speed")
