@@ -97,6 +97,14 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
     _print_figures(benchmark_partition(quick, seeds), as_json)
 
 
+@benchmark.command("evaluation")
+def benchmark_evaluation(*, quick: Annotated[bool, typer.Option("--quick", help="One planted circuit and few prompts: a check that it runs.")] = False,
+                         as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound; each figure beside its bar."
+    from subspace_circuits.evaluation import benchmark_gpt2, benchmark_trained
+    _print_figures(benchmark_gpt2(2 if quick else 16) + benchmark_trained(1 if quick else 3), as_json)
+
+
 @benchmark.command("speed")
 def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of the public SubspacePartition repository; imported, never written to.")], *,
                     model: Annotated[str, typer.Option(help="A model with a residual stream; read after its first attention.")] = "induction",
@@ -136,6 +144,24 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
     found.info["asked"] = method
     found.save_pretrained(out)
     print(found)
+
+
+@app.command()
+def evaluate(suite: Annotated[str, typer.Argument(help="ioi, greater-than, knowledge-conflict, carriers or mutual-information.")],
+             model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, or a hub id.")], *,
+             partitions: Annotated[Path, typer.Option(help="A partition, or a folder of partitions, each of its own site.")],
+             out: Annotated[Path, typer.Option(help="JSON file to write, with its figure beside it as .html; resumed, or refused if it holds another job.")],
+             facts: Annotated[Optional[Path], typer.Option(help="For knowledge-conflict: a JSON file of question, context, and facts.")] = None,
+             prompts: Annotated[int, typer.Option(min=2, help="Prompts of a test, sequences, or rows.")] = 1000,
+             layers: Annotated[Optional[str], typer.Option(help="Layers to patch instead of the published ones, as test1=0,test2=0.")] = None,
+             supervised: Annotated[bool, typer.Option("--supervised", help="For carriers: learn the best subspace of the same size, as a bound.")] = False,
+             seed: Seed = 0, overwrite: Overwrite = False):
+    "Test causally which subspace carries a variable."
+    from subspace_circuits.evaluation import evaluate, summary
+    if layers and not re.fullmatch(r"[\w-]+=\d+(,[\w-]+=\d+)*", layers): raise ValueError(f"layers {layers!r}: write a test and a layer, as test1=0,test2=0")
+    depth = {k: int(v) for k, v in (o.split("=") for o in layers.split(","))} if layers else None
+    for line in summary(evaluate(suite, model, partitions, out, facts, prompts, depth, supervised, seed, overwrite)): print(line)
+    print(f"figure: {out.with_suffix('.html')}")
 
 
 def main():
