@@ -96,6 +96,16 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
     _print_figures(benchmark_partition(quick), as_json)
 
 
+@benchmark.command("preimages")
+def benchmark_preimages(model: Annotated[Optional[str], typer.Option(help="A model that speaks for itself, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
+                        rows: Annotated[int, typer.Option(min=2000, help="Rows of the store.")] = 1_000_000,
+                        quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
+                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Index, search and explorer over the model's own tokens; each figure beside its bar."
+    from subspace_circuits.preimages import benchmark_preimages
+    _print_figures(benchmark_preimages(model, rows, quick), as_json)
+
+
 @benchmark.command("speed")
 def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of the public SubspacePartition repository; imported, never written to.")], *,
                     model: Annotated[str, typer.Option(help="A model with a residual stream; read after its first attention.")] = "induction",
@@ -135,6 +145,26 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
     found.info["asked"] = method
     found.save_pretrained(out)
     print(found)
+
+
+@app.command()
+def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, or one with a store and partitions.")], *,
+            port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")] = 0,
+            static: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Write one offline page with chosen queries instead.")] = None,
+            queries: Annotated[int, typer.Option(min=1, help="Rows in the offline page.")] = 6,
+            text: Annotated[Optional[list[str]], typer.Option(help="A text in the offline page; may be repeated.")] = None,
+            model: Annotated[Optional[str], typer.Option(help="The model, if the run does not name it.")] = None,
+            seed: Seed = 0, overwrite: Overwrite = False):
+    "See what each subspace of a run sees, on a page of this machine or in a file."
+    from subspace_circuits.preimages import chosen_rows, open_run, start_server, static_page
+    if static and static.exists() and not overwrite: raise ValueError(f"{static} exists: name another file, or pass --overwrite")
+    explorer = open_run(run, model)
+    if static:
+        static.write_text(static_page(explorer, [*(text or []), *chosen_rows(explorer, queries, seed)]), encoding="utf-8")
+        return print(f"{static}: {static.stat().st_size/1e6:.1f} MB")
+    server = start_server(explorer, port)
+    print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends it)", flush=True)
+    server.wait()
 
 
 def main():
