@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'VARIABLES', 'ASKED', 'BEFORE', 'AFTER', 'assets', 'LARGES
            'render_page', 'static_page', 'chosen_rows', 'start_server', 'cell', 'open_run', 'find_browser', 'Browser']
 
 # %% ../nbs/02b_preimages.ipynb #imports
-import base64, hashlib, html, json, math, os, secrets, shutil, struct, subprocess, sys, threading, time, unicodedata
+import base64, hashlib, html, json, math, os, re, secrets, shutil, struct, subprocess, sys, threading, time, unicodedata
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import cached_property
@@ -677,8 +677,10 @@ class _Handler(BaseHTTPRequestHandler):
         explorer, rows = self.explorer, given.pop("rows", "")
         if path == "/": return render_page(_about(explorer, "live"))
         if path == "/view": return explorer.view(given)
-        if path == "/attribution": return explorer.attribution(given, [int(o) for o in rows.split(",") if o])
-        if path == "/find": return find_tokens(explorer, given.get("text", ""), int(given.get("after") or -1))
+        if path == "/attribution":
+            if not re.fullmatch(r"(\d{1,12}(,\d{1,12})*)?", rows): raise ValueError(f"rows {rows[:60]!r}: use whole numbers, separated by commas")
+            return explorer.attribution(given, [int(o) for o in rows.split(",") if o])
+        if path == "/find": return find_tokens(explorer, given.get("text", ""), _number(dict(after=given.get("after") or "-1"), "after", int, -1, len(explorer.store)))
         if path == "/random": return dict(row=secrets.randbelow(len(explorer.store)))
         raise ValueError(f"{path[:60]!r} is not served here: open /")
 
