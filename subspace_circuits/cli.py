@@ -99,11 +99,12 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
 @benchmark.command("preimages")
 def benchmark_preimages(model: Annotated[Optional[str], typer.Option(help="A model that speaks for itself, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
                         rows: Annotated[int, typer.Option(min=2000, help="Rows of the store.")] = 1_000_000,
+                        store: Annotated[Optional[Path], typer.Option(help="A store of the model, instead of capturing one.")] = None,
                         quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
                         as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
     "Index, search and explorer over the model's own tokens; each figure beside its bar."
     from subspace_circuits.preimages import benchmark_preimages
-    _print_figures(benchmark_preimages(model, rows, quick), as_json)
+    _print_figures(benchmark_preimages(model, rows, quick, store), as_json)
 
 
 @benchmark.command("speed")

@@ -6,7 +6,8 @@
 __all__ = ['METRICS', 'VARIABLES', 'ASKED', 'BEFORE', 'AFTER', 'assets', 'LARGEST', 'build_indexes', 'Found', 'Index', 'search',
            'similarities', 'within', 'histogram', 'document_rows', 'Attribution', 'mean_embedding', 'attribute',
            'sequences', 'readable', 'check_link', 'contexts', 'encode_query', 'Query', 'Explorer', 'find_tokens',
-           'render_page', 'static_page', 'chosen_rows', 'start_server', 'cell', 'open_run', 'find_browser', 'Browser']
+           'render_page', 'static_page', 'chosen_rows', 'start_server', 'cell', 'open_run', 'find_browser', 'Browser',
+           'benchmark_preimages']
 
 # %% ../nbs/02b_preimages.ipynb #imports
 import base64, hashlib, html, json, math, os, re, secrets, shutil, struct, subprocess, sys, threading, time, unicodedata
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 from .activations import ActivationStore, Samples, _Done, _encode, _figure, _small_model, _wide, _write_json, batch_rows, capture, check_model, given, one_writer, open_model, open_task, read_sites
 from .known_circuits import plant
 from .neighbors import _faiss, nearest_neighbors
-from .partition import Partition
+from .partition import Partition, baseline_partition
 from .toy_models import Batch
 
 # %% ../nbs/02b_preimages.ipynb #identity
@@ -89,11 +90,10 @@ def _claim_index(folder, about, overwrite):
 def _project(store, partition, folder, info):
     "Fill in the coordinates of the shards that are missing."
     data, into = _writable(folder/"coordinates.safetensors")
-    offset = partition.mean@partition.basis
     for i in tqdm(range(info["shards"], len(store.info["shards"])), desc=f"index {partition.site}", unit="shard", initial=info["shards"], total=len(store.info["shards"]), disable=None):
         at = int(store.starts[i])
         for h in store._mapped(store.info["shards"][i], partition.site).split(2**14):
-            z = _wide(h)@partition.basis - offset
+            z = (_wide(h) - partition.mean)@partition.basis
             for j, part in enumerate(z.split(list(partition.sizes.values()), 1)):
                 into[f"{j} rows"][at:at + len(h)], into[f"{j} norms"][at:at + len(h)] = part.numpy(), part.norm(dim=1).numpy()
             at += len(h)
@@ -809,3 +809,83 @@ class Browser:
     def picture(self, file:str|Path, whole:bool=True):
         "Save a screenshot."
         Path(file).write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]))
+
+# %% ../nbs/02b_preimages.ipynb #benchmark
+def _index_figures(store, partition, folder, seed=1):
+    "Seconds to build, and queries one by one, in each subspace and measure."
+    start = time.perf_counter()
+    indexes = build_indexes(store, partition, folder, exact=min(2**17, len(store)//2))
+    rate = len(store)*len(indexes)*len(METRICS)/(time.perf_counter() - start)
+    yield _figure(f"index build, {len(store):,} rows, {len(indexes)} subspaces, 2 measures", rate, "rows/s", "at least 200,000", rate >= 200_000)
+    document, rows = store.column("document"), torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:200]
+    for name, index in indexes.items():
+        for metric in METRICS:
+            asked, spent, right = [(index.rows[o], document_rows(document, int(o))) for o in rows], [], []
+            for z, own in asked[:20]: search(index, z, 20, metric, own)
+            for z, own in asked:
+                start = time.perf_counter()
+                found = search(index, z, 20, metric, own)
+                spent.append(1000*(time.perf_counter() - start))
+                right.append(_share_right(found, similarities(index, z, metric), metric, own))
+            median, late, recall = sorted(spent)[100], sorted(spent)[197], sum(right)/len(right)
+            at = f"{name} of {index.rows.shape[1]} dimensions, {metric}"
+            yield _figure(f"query p50, {at}", median, "ms", "below 10", median < 10)
+            yield _figure(f"query p99, {at}", late, "ms", "below 50", late < 50)
+            yield _figure(f"recall, {at}, {index.about[metric]['probes']} of {index.about[metric]['cells']} cells", recall, "", "at least .99", recall >= .99)
+
+def _share_right(found, values, metric, own):
+    "Share of found rows that are as near as the last true one."
+    true = within(values, -1. if metric == "cosine" else torch.inf, metric, 20, own)
+    return ((found.value >= true.value[-1] - 1e-5) if metric == "cosine" else (found.value <= true.value[-1]*(1 + 1e-4) + 1e-4)).float().sum().item()/len(true.row)
+
+# %% ../nbs/02b_preimages.ipynb #benchmark-page
+_ACTS = {"next subspace": "step(1)", "next query": "document.querySelectorAll('.context')[3].click()", "threshold": "go({threshold: '0.5'})", "side by side": "go({other: here().subspaces[0].name})",
+         "typed text": "go({text: TEXT, row: '', at: ''})", "shading of the query": "go({shading: 'frozen'})", "shading of everything": "go({shading: 'free'})"}
+_TIMED = """new Promise(done => { const start = performance.now(); ACT;
+const look = () => READY ? requestAnimationFrame(() => done(performance.now() - start)) : setTimeout(look, 1); look(); })"""
+
+def _page_figures(explorer, text, rounds):
+    "First paint, and from each act to the drawn answer, in a browser."
+    server, quiet = start_server(explorer), "document.body.getAttribute('aria-busy') === 'false'"
+    try:
+        with Browser() as page:
+            paints, spent = [], {k: [] for k in _ACTS}
+            for i in range(rounds):
+                page.open(f"http://127.0.0.1:{server.server_port}/?{i}#row={(7919*i + 300) % len(explorer.store)}")
+                page.wait(quiet)
+                page.wait("performance.getEntriesByName('first-contentful-paint').length")
+                paints.append(page.run("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+                for k, act in _ACTS.items():
+                    ready = "document.body.dataset.shaded === String(latest)" if k.endswith("the query") else quiet
+                    spent[k].append(page.run(_TIMED.replace("READY", ready).replace("ACT", act.replace("TEXT", json.dumps(text)))))
+                    page.wait(quiet)
+    finally: server.stop()
+    paint = max(paints)/1000
+    yield _figure("first paint of the local page, slowest", paint, "s", "below 2", paint < 2)
+    for k, v in spent.items():
+        o = sorted(v)[len(v)//2]
+        yield _figure(f"interaction, {k}", o, "ms", "" if k.endswith("everything") else "below 300", None if k.endswith("everything") else o < 300)
+
+def benchmark_preimages(
+    model:str|None=None, # What `open_model` takes, with a tokenizer; random weights in the shape of stories260K if not given
+    rows:int=10**6, # Of the store
+    quick:bool=False, # Few rows
+    store:str|Path|None=None, # A store of the model that is there already
+)->list[dict]: # What was measured, with its bar
+    "Measure what this page promises, on tokens the model draws itself."
+    net, tokenizer = open_model(model) if model else (_small_model(64, 5, 8, 172, 512, 512).requires_grad_(False), None)
+    rows, length = 20_000 if quick else rows, min(512, net.cfg.n_ctx)
+    start, site, sequences = getattr(tokenizer, "bos", getattr(tokenizer, "bos_token_id", None)) or 0, f"blocks.{net.cfg.n_layers//2}.hook_resid_post", min(256, -(-rows//length))
+    with TemporaryDirectory() as folder:
+        folder = Path(folder)
+        store = ActivationStore(store) if store else capture(net, Samples(net, start), [site], folder/"store", -(-rows//(length*sequences)), sequences, (0, length))
+        d, h = net.cfg.d_model, store.rows(store.sites[0], torch.arange(0, len(store), len(store)//10_000))
+        partition = baseline_partition(h, store.sites[0], [d//2, d - d//2], "pca")
+        figures = [_figure("threads of torch", torch.get_num_threads(), ""), *_index_figures(store, partition, folder/"index")]
+        explorer = Explorer([build_indexes(store, partition, folder/"index", exact=min(2**17, len(store)//2))], net, tokenizer, model or "random weights")
+        ids = store.rows("token", torch.arange(40)).long()
+        text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids.tolist()))
+        if find_browser(): figures += _page_figures(explorer, text, 1 if quick else 5)
+        else: figures.append(_figure("browser: none on this machine, so the page was not timed", 0, ""))
+        size = len(static_page(explorer, chosen_rows(explorer, 6)).encode())/1e6
+        return figures + [_figure("static page of 6 queries", size, "MB", "below 5", size < 5)]

@@ -205,16 +205,21 @@ async function refresh() {
     say("");
     document.body.dataset.milliseconds = (performance.now() - started).toFixed(1);
     if (state.shading !== "off") {
-      const shares = await Promise.all(names.map((o, i) => attribution(o, views[i])));
-      if (turn !== latest) return;
-      draw(names, views, shares);
+      const shares = names.map(() => ({})), rows = views.map(o => o.neighbours.map(x => x.row)), most = Math.max(...rows.map(o => o.length));
+      for (let first = -5; first < (live ? most : 0); first += 5) { // the query first, then five contexts at a time
+        const parts = await Promise.all(names.map((o, i) => attribution(o, first < 0 ? [] : rows[i].slice(first, first + 5))));
+        if (turn !== latest) return;
+        parts.forEach((o, i) => Object.assign(shares[i], o));
+        draw(names, views, shares);
+        if (first < 0) document.body.dataset.shaded = turn;
+      }
     }
   } catch (e) { if (turn === latest) say(e.message); }
   finally {
     if (turn === latest) { document.body.setAttribute("aria-busy", "false"); $("sides").classList.remove("busy"); document.body.dataset.turn = turn; }
   }
 }
-const attribution = (name, view) => ask("attribution", Object.assign(asked(name), live ? {rows: view.neighbours.map(o => o.row).join(",")} : {}));
+const attribution = (name, rows) => ask("attribution", Object.assign(asked(name), live ? {rows: rows.join(",")} : {}));
 
 function draw(names, views, shares) {
   drawQuery(views[0], shares[0]);
