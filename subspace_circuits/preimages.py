@@ -351,24 +351,14 @@ def mean_embedding(
     return read_sites(model, given(tokens[:, None]), ["hook_embed"])["hook_embed"][:, 0].mean(0)
 
 # %% ../nbs/02b_preimages.ipynb #integrate
-def attribute(
-    model:nn.Module, # A TransformerLens model
-    batch:Batch, # Texts
-    at:Int[Tensor, "batch"], # Where in each the row is
-    index:Index, target:Float[Tensor, "k"], # A subspace, and the query's coordinates there
-    baseline:Float[Tensor, "d_model"], # Token embedding to start from
-    metric:str="cosine", frozen:bool=True, # Measure; attention as in the text
-    steps:int=10, most:int=160, # Of the integral, doubled from the first to the second until it converges
-    tolerance:float=.01, # Of the error; with distances, of the query's norm
-)->Attribution:
-    "Divide the similarity to a query among the tokens of some texts: integrated gradients in Gauss-Legendre steps (Sundararajan et al. 2017, eq. 3)."
-    target, names, each = _checked_query(index, target, metric), _patterns(model, index.site) if frozen else [], torch.arange(len(at))
+def _integrate(model, batch, at, index, target, baseline, metric, frozen, steps, most, limit):
+    "Shares of a few texts."
+    names, each = _patterns(model, index.site) if frozen else [], torch.arange(len(at))
     clean = read_sites(model, batch, ["hook_embed", index.site, *names])
     patterns, end = {o: clean[o] for o in names}, clean["hook_embed"]
     start = baseline.expand_as(end)
     def value(h): return _similarity(index.coordinates(h[each, at]), target, metric)
     with torch.no_grad(): last, first = value(clean[index.site]), value(_site_from(model, batch, index.site, start, patterns))
-    limit = tolerance*(1 if metric == "cosine" else target.norm())
     while True:
         total = torch.zeros_like(end)
         for x, w in zip(*np.polynomial.legendre.leggauss(steps)):
@@ -378,6 +368,27 @@ def attribute(
         error = (last - first - shares.sum(1)).abs()
         if error.max() <= limit or steps*2 > most: return Attribution(shares, last, first, error, torch.full_like(at, steps))
         steps *= 2
+
+def attribute(
+    model:nn.Module, # A TransformerLens model
+    batch:Batch, # Texts
+    at:Int[Tensor, "batch"], # Where in each the row is
+    index:Index, target:Float[Tensor, "k"], # A subspace, and the query's coordinates there
+    baseline:Float[Tensor, "d_model"], # Token embedding to start from
+    metric:str="cosine", frozen:bool=True, # Measure; attention as in the text
+    steps:int=10, most:int=160, # Of the integral, doubled from the first to the second until it converges
+    tolerance:float=.01, # Of the error; with distances, of the query's norm
+    tokens:int=4096, # Run together, about
+)->Attribution:
+    "Divide the similarity to a query among the tokens of some texts: integrated gradients in Gauss-Legendre steps (Sundararajan et al. 2017, eq. 1)."
+    target, width, out = _checked_query(index, target, metric), batch.tokens.shape[1], []
+    limit = tolerance*(1 if metric == "cosine" else target.norm())
+    for some in torch.arange(len(at)).split(max(1, tokens//width)):
+        short = slice(0, int(at[some].max()) + 1)
+        part = given(batch.tokens[some, short])._replace(positions=batch.positions[some, short])
+        found = _integrate(model, part, at[some], index, target, baseline, metric, frozen, steps, most, limit)
+        out.append(found._replace(shares=F.pad(found.shares, (0, width - found.shares.shape[1]))))
+    return Attribution(*map(torch.cat, zip(*out)))
 
 # %% ../nbs/02b_preimages.ipynb #sequence
 def sequences(
@@ -578,7 +589,7 @@ def _attribution(explorer, asked, rows):
     if missing := [o for o in (None, *rows) if (*key, o) not in explorer.kept]:
         texts = [query.text if o is None else explorer._remember(("text", o), lambda: _text_of(explorer.store, o)) for o in missing]
         batch, at = _padded(texts)
-        a = attribute(explorer.model, batch, at, index, z, explorer.baseline, asked["metric"], frozen)
+        a = attribute(explorer.model, batch, at, index, z, explorer.baseline, asked["metric"], frozen, most=40)
         for o, n, *x in zip(missing, at.tolist(), a.shares, a.value, a.baseline, a.error, a.steps):
             explorer.kept[*key, o] = dict(shares=[round(v, 3) for v in x[0][max(0, n - BEFORE):n + 1].tolist()], value=round(x[1].item(), 3), baseline=round(x[2].item(), 3), error=float(f"{x[3].item():.1g}"), steps=int(x[4]))
     return {"query" if o is None else str(o): explorer._remember((*key, o), dict) for o in (None, *rows)}

@@ -160,7 +160,7 @@ function explain(view, shares) {
   const all = view.neighbours.map(o => shares[o.row]).filter(Boolean), mean = k => all.reduce((s, o) => s + o[k], 0)/all.length;
   if (!all.length) return "";
   const name = state.metric === "cosine" ? "cosine" : "minus the distance";
-  return `With average tokens at the same positions the ${name} would be ${mean("baseline").toFixed(2)}; the tokens make it ${mean("value").toFixed(2)}. Largest completeness error ${Math.max(...all.map(o => o.error))}, ${Math.max(...all.map(o => o.steps))} steps.`;
+  return `With average tokens at the same positions the ${name} would be ${mean("baseline").toFixed(2)}; the tokens make it ${mean("value").toFixed(2)}. Largest completeness error ${Math.max(...all.map(o => o.error))}${all.some(o => o.error > .01*(state.metric === "cosine" ? 1 : view.query.norm)) ? " (not converged)" : ""}, ${Math.max(...all.map(o => o.steps))} steps.`;
 }
 
 function drawSide(name, view, shares) {
@@ -206,8 +206,8 @@ async function refresh() {
     document.body.dataset.milliseconds = (performance.now() - started).toFixed(1);
     if (state.shading !== "off") {
       const shares = names.map(() => ({})), rows = views.map(o => o.neighbours.map(x => x.row)), most = Math.max(...rows.map(o => o.length));
-      for (let first = -5; first < (live ? most : 0); first += 5) { // the query first, then five contexts at a time
-        const parts = await Promise.all(names.map((o, i) => attribution(o, first < 0 ? [] : rows[i].slice(first, first + 5))));
+      for (let first = -4; first < (live ? most : 0); first += 4) { // the query first, then four contexts at a time
+        const parts = await Promise.all(names.map((o, i) => attribution(o, first < 0 ? [] : rows[i].slice(first, first + 4))));
         if (turn !== latest) return;
         parts.forEach((o, i) => Object.assign(shares[i], o));
         draw(names, views, shares);
@@ -263,7 +263,14 @@ $("link").addEventListener("click", async () => {
   try { await navigator.clipboard.writeText(location.href); $("link").textContent = "Copied"; } catch { say(`The browser does not let the page copy: the link is in the address bar.`); }
   setTimeout(() => { $("link").textContent = "Copy link"; }, 1500);
 });
-addEventListener("hashchange", () => { readLink(); refresh(); });
+async function load() {
+  say("");
+  readLink();
+  const refused = $("error").textContent;
+  await refresh();
+  if (refused && $("error").hidden) say(refused);
+}
+addEventListener("hashchange", load);
 document.addEventListener("keydown", e => {
   if (["INPUT", "SELECT"].includes(document.activeElement.tagName) || e.ctrlKey || e.metaKey || e.altKey) return;
   if (e.key === "ArrowLeft") step(-1);
@@ -272,6 +279,4 @@ document.addEventListener("keydown", e => {
 
 $("subtitle").textContent = `${about.title} · ${about.rows.toLocaleString("en")} rows`;
 for (const o of ["before", "after", "n"]) $(o).max = about.most[o];
-readLink();
-const refused = $("error").textContent;
-refresh().then(() => { if (refused) say(refused); });
+load();
