@@ -159,13 +159,14 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
     "See what each subspace of a run sees, on a page of this machine or in a file."
     from subspace_circuits.preimages import chosen_rows, open_run, start_server, static_page
     if static and static.exists() and not overwrite: raise ValueError(f"{static} exists: name another file, or pass --overwrite")
-    explorer = open_run(run, model)
+    explorer = open_run(run, model, overwrite)
     if static:
         static.write_text(static_page(explorer, [*(text or []), *chosen_rows(explorer, queries, seed)]), encoding="utf-8")
         return print(f"{static}: {static.stat().st_size/1e6:.1f} MB")
     server = start_server(explorer, port)
     print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends it)", flush=True)
-    server.wait()
+    try: server.wait()
+    except KeyboardInterrupt: server.stop()
 
 
 def main():

@@ -1,5 +1,5 @@
 "The explorer, asked by HTTP and driven in headless Chromium."
-import json, shutil
+import json, shutil, signal, subprocess, sys
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
@@ -255,3 +255,52 @@ def test_page_needs_nothing_else(explorer):
     page = render_page(_about(explorer, "live"))
     assert "default-src 'none'" in page and "unsafe-eval" not in page and "src=" not in page.split("<script", 1)[0]
     assert chosen_rows(explorer, 3) == chosen_rows(explorer, 3)
+
+
+def command(*args): return [sys.executable, "-m", "subspace_circuits.cli", *map(str, args)]
+
+
+def refused(*args):
+    "The one line that a refused command prints."
+    done = subprocess.run(command(*args), capture_output=True, text=True)
+    lines = [o for o in done.stderr.splitlines() if o.startswith("subspace-circuits: ")]
+    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def test_command_writes_a_file(run, tmp_path):
+    file = tmp_path/"page.html"
+    done = subprocess.run(command("explore", run, "--static", file, "--queries", 1, "--text", "5 9 3 sep 5"), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"{file}: 0."), done.stderr
+    assert f"{file} exists: name another file, or pass --overwrite" in refused("explore", run, "--static", file)
+    assert "holds no store/store.json" in refused("explore", tmp_path)
+    assert "unknown model 'inductoin'" in refused("explore", run, "--model", "inductoin")
+
+
+def test_command_serves_until_it_is_stopped(run):
+    process = subprocess.Popen(command("explore", run), stdout=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().split()[0]
+        assert address.startswith("http://127.0.0.1:")
+        with urlopen(address) as reply: assert "What does a subspace see?" in reply.read().decode()
+        assert f"port {address.rsplit(':', 1)[1]} cannot be used" in refused("explore", run, "--port", address.rsplit(":", 1)[1])
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally: process.kill()
+
+
+def test_command_replaces_an_index_of_another_partition(run, tmp_path):
+    copy = tmp_path/"run"
+    shutil.copytree(run, copy)
+    old = Partition.from_pretrained(copy/"partitions"/"x0.mid")
+    Partition(dict(zip(old.names, old.basis.flip(1).split([20, 20, 24], 1))), old.site, old.mean).save_pretrained(copy/"partitions"/"x0.mid")
+    job = ("explore", copy, "--static", tmp_path/"page.html", "--queries", 1)
+    assert "x0.mid is an index of another partition: it was made from" in refused(*job)
+    assert subprocess.run(command(*job, "--overwrite"), capture_output=True).returncode == 0
+
+
+def test_benchmark(tmp_path):
+    done = subprocess.run(command("benchmark", "preimages", "--quick", "--json", tmp_path/"figures.json"), capture_output=True, text=True)
+    figures = json.loads((tmp_path/"figures.json").read_text())
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(figures), done.stderr
+    assert all(o["held"] for o in figures if o["what"].startswith(("recall", "static"))) and sum(o["what"].startswith("query p50") for o in figures) == 4
