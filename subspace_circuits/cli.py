@@ -82,10 +82,13 @@ def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small m
     _print_figures(benchmark_store(model, rows, quick), as_json)
 
 
-def _print_figures(figures: list[dict], as_json: Optional[Path]):
-    "A line for each figure, with its bar; all of them as JSON if asked."
-    for o in figures: print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
-    if as_json: as_json.write_text(json.dumps(figures, indent=1) + "\n")
+def _print_figures(figures, as_json: Optional[Path]):
+    "A line for each figure as it comes, with its bar; all of them as JSON if asked."
+    done = []
+    for o in figures:
+        done.append(o)
+        print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""), flush=True)
+    if as_json: as_json.write_text(json.dumps(done, indent=1) + "\n")
 
 
 @benchmark.command("partition")
@@ -154,14 +157,17 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
             static: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Write one offline page with chosen queries instead.")] = None,
             queries: Annotated[int, typer.Option(min=1, help="Rows in the offline page.")] = 6,
             text: Annotated[Optional[list[str]], typer.Option(help="A text in the offline page; may be repeated.")] = None,
+            shading: Annotated[str, typer.Option(help="What the offline page can shade: frozen, free, both separated by a comma, or none. Minutes, for long texts.")] = "frozen",
             model: Annotated[Optional[str], typer.Option(help="The model, if the run does not name it.")] = None,
             seed: Seed = 0, overwrite: Overwrite = False):
     "See what each subspace of a run sees, on a page of this machine or in a file."
     from subspace_circuits.preimages import chosen_rows, open_run, start_server, static_page
     if static and static.exists() and not overwrite: raise ValueError(f"{static} exists: name another file, or pass --overwrite")
+    shadings = tuple(o for o in shading.split(",") if o != "none")
+    if bad := set(shadings) - {"frozen", "free"}: raise ValueError(f"unknown shading {min(bad)!r}: use frozen, free, both separated by a comma, or none")
     explorer = open_run(run, model, overwrite)
     if static:
-        static.write_text(static_page(explorer, [*(text or []), *chosen_rows(explorer, queries, seed)]), encoding="utf-8")
+        static.write_text(static_page(explorer, [*(text or []), *chosen_rows(explorer, queries, seed)], shadings=shadings), encoding="utf-8")
         return print(f"{static}: {static.stat().st_size/1e6:.1f} MB")
     server = start_server(explorer, port)
     print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends it)", flush=True)

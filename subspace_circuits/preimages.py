@@ -910,7 +910,7 @@ def benchmark_preimages(
     rows:int=10**6, # Of the store
     quick:bool=False, # Few rows
     store:str|Path|None=None, # A store of the model that is there already
-)->list[dict]: # What was measured, with its bar
+): # Yields what was measured, with its bar
     "Measure what this page promises, on tokens the model draws itself."
     net, tokenizer = open_model(model) if model else (_small_model(64, 5, 8, 172, 512, 512).requires_grad_(False), None)
     rows, length = 20_000 if quick else rows, min(64 if quick else 512, net.cfg.n_ctx)
@@ -920,12 +920,13 @@ def benchmark_preimages(
         store = ActivationStore(store) if store else capture(net, Samples(net, start), [site], folder/"store", -(-rows//(length*sequences)), sequences, (0, length))
         d, h = net.cfg.d_model, store.rows(store.sites[0], torch.arange(0, len(store), len(store)//10_000))
         partition = baseline_partition(h, store.sites[0], [d//2, d - d//2], "pca")
-        figures = [_figure("threads of torch", torch.get_num_threads(), ""), *_index_figures(store, partition, folder/"index")]
+        yield _figure("threads of torch", torch.get_num_threads(), "")
+        yield from _index_figures(store, partition, folder/"index")
         explorer = Explorer([build_indexes(store, partition, folder/"index", exact=min(2**17, len(store)//2))], net, tokenizer, model or "random weights")
+        size = len(static_page(explorer, chosen_rows(explorer, 6), shadings=()).encode())/1e6
+        yield _figure("static page of 6 queries, not shaded", size, "MB", "below 5", size < 5)
         ids = store.rows("token", torch.arange(40)).long()
         text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids.tolist()))
-        if find_browser(): figures += _page_figures(explorer, text, 1 if quick else 5)
-        else: figures.append(_figure("browser: none on this machine, so the page was not timed", 0, ""))
-        figures += _shading_figures(explorer)
-        size = len(static_page(explorer, chosen_rows(explorer, 6), shadings=("frozen",)).encode())/1e6
-        return figures + [_figure("static page of 6 queries, attention frozen", size, "MB", "below 5", size < 5)]
+        if find_browser(): yield from _page_figures(explorer, text, 1 if quick else 5)
+        else: yield _figure("browser: none on this machine, so the page was not timed", 0, "")
+        yield from _shading_figures(explorer)
