@@ -43,11 +43,15 @@ const chosenQuery = () => about.queries.find(o => asText(o.query) === (state.tex
 
 // ## Asking: a server, or what the page carries
 
+const asking = {views: new Map()};
 async function ask(path, given) {
   if (!live) return kept(path, given);
-  const reply = await fetch(path + "?" + new URLSearchParams(given));
-  const found = await reply.json();
+  const address = path + "?" + new URLSearchParams(given), views = path === "view";
+  if (views && asking.views.has(address)) return asking.views.get(address);
+  const reply = await fetch(address), found = await reply.json();
   if (!reply.ok) throw new Error(found.error);
+  if (views) asking.views.set(address, found);
+  if (asking.views.size > 50) asking.views.delete(asking.views.keys().next().value);
   return found;
 }
 function kept(path, o) {
@@ -67,8 +71,9 @@ function cut(view, o) {
   const near = view.neighbours.filter(x => o.metric === "cosine" ? x.value >= limit : x.value <= limit);
   return Object.assign({}, view, {neighbours: near.length ? near.slice(0, o.n) : view.neighbours.slice(0, 3), empty: !near.length, count: near.length, most: near.length === view.neighbours.length});
 }
-function asked(subspace) {
+function asked(subspace, shading = true) {
   const o = Object.assign({}, state, {subspace});
+  if (!shading) for (const k of ["shading", "other", "before", "after"]) delete o[k];
   for (const [k, v] of Object.entries(about.asked)) if (o[k] === v && (k !== "row")) delete o[k];
   return live ? o : Object.assign({}, state, {subspace});
 }
@@ -197,7 +202,7 @@ async function refresh() {
   $("sides").classList.add("busy");
   try {
     if (!here()) throw new Error(`no site “${state.site}” here: use one of ${about.sites.map(o => o.site).join(", ")}`);
-    const views = await Promise.all(names.map(o => ask("view", asked(o))));
+    const views = await Promise.all(names.map(o => ask("view", asked(o, false))));
     if (turn !== latest) return;
     for (const o of views) Object.assign(tokens, o.tokens || {});
     drawControls();
