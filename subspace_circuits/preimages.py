@@ -172,6 +172,7 @@ def build_indexes(
                 _write_json(folder/"index.json", info)
     return {o: Index(folder, o, store, partition) for o in partition.names}
 
+# %% ../nbs/02b_preimages.ipynb #structure
 def _structure(store, folder, i, columns, exact, least, seed):
     "What makes the search of one subspace fast, and what it sees."
     with safe_open(folder/"coordinates.safetensors", "pt") as f: keys, norms = (f.get_tensor(f"{i} {o}") for o in ("rows", "norms"))
@@ -253,6 +254,7 @@ def _search_cells(index, z, k, metric, out):
     kept = found[0] >= 0
     return torch.from_numpy(distance[0][kept]).clamp(min=0).sqrt(), torch.from_numpy(found[0][kept])
 
+# %% ../nbs/02b_preimages.ipynb #search-one
 def search(
     index:Index, z:Float[Tensor, "k"], # Where to look, and the coordinates of a query
     k:int=20, # Neighbours
@@ -290,6 +292,7 @@ def within(
     best = near.topk(min(k, count))
     return Found(best.indices, sign*best.values, count)
 
+# %% ../nbs/02b_preimages.ipynb #histogram
 def histogram(
     values:Float[Tensor, "row"], # From `similarities`
     metric:str="cosine", bins:int=60, # As they were made
@@ -321,6 +324,7 @@ def _similarity(z, target, metric):
     if metric == "cosine": return F.cosine_similarity(z, target, dim=-1)
     return -(z - target).square().sum(-1).clamp(min=1e-20).sqrt()
 
+# %% ../nbs/02b_preimages.ipynb #patterns
 def _patterns(model, site):
     "Attention patterns that a site depends on."
     layer, place = int(site.split(".")[1]), site.rsplit("_", 1)[1]
@@ -369,6 +373,7 @@ def _integrate(model, batch, at, index, target, baseline, metric, frozen, steps,
         if error.max() <= limit or steps*2 > most: return Attribution(shares, last, first, error, torch.full_like(at, steps))
         steps *= 2
 
+# %% ../nbs/02b_preimages.ipynb #attribute
 def attribute(
     model:nn.Module, # A TransformerLens model
     batch:Batch, # Texts
@@ -498,6 +503,7 @@ class Query(NamedTuple):
     out: Tensor|None      # Rows of its own document
     text: tuple           # Tokens and positions up to it
 
+# %% ../nbs/02b_preimages.ipynb #explorer-answers
 class Explorer:
     "Questions about the subspaces of some sites, answered as JSON."
     def __init__(self,
@@ -666,6 +672,7 @@ def static_page(
     if len(page.encode()) >= LARGEST: raise ValueError(f"{len(queries)} queries make a page of {len(page.encode())/1e6:.1f} MB, the most is {LARGEST/1e6:.0f}: choose fewer queries, fewer neighbours, or some of the sites")
     return page
 
+# %% ../nbs/02b_preimages.ipynb #chosen-rows
 def chosen_rows(
     explorer:Explorer, n:int=6, # How many
     seed:int=0,
@@ -706,6 +713,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/random": return dict(row=secrets.randbelow(len(explorer.store)))
         raise ValueError(f"{path[:60]!r} is not served here: open /")
 
+# %% ../nbs/02b_preimages.ipynb #server
 class _Server(ThreadingHTTPServer):
     "A server in a thread of its own."
     daemon_threads = True
@@ -775,49 +783,59 @@ def find_browser()->str|None: # A command
     "Find a Chromium on this machine."
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))), None)
 
-class Browser:
-    "A headless Chromium, as a context; one page."
-    def __init__(self,
-                 width:int=1400, height:int=1000, # Of the window
-    ): self.width, self.height, self.count, self.events, self.folder = width, height, 0, [], TemporaryDirectory()
-
-    def __enter__(self):
+class _Pipe:
+    "A headless Chromium at the other end of a pipe: messages are JSON, a zero byte ends each."
+    def __init__(self, width, height, folder):
         if not (found := find_browser()): raise ValueError("no browser: install chromium")
-        (theirs, self.out), (self.into, ours) = os.pipe(), os.pipe()
+        (theirs, self.out), (into, ours) = os.pipe(), os.pipe()
         start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={self.folder.name}", f"--window-size={self.width},{self.height}", "about:blank"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={folder}", f"--window-size={width},{height}", "about:blank"]
         self.process = subprocess.Popen([sys.executable, "-c", start, str(theirs), str(ours), found, *flags], pass_fds=(theirs, ours), stderr=subprocess.DEVNULL)
         os.close(theirs), os.close(ours)
-        self.reader, self.session = os.fdopen(self.into, "rb"), None
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for o in ("Page", "Runtime", "Log", "Network"): self.send(f"{o}.enable")
-        self.send("Emulation.setDeviceMetricsOverride", width=self.width, height=self.height, deviceScaleFactor=1, mobile=False)
-        return self
+        self.reader, self.session, self.count, self.events = os.fdopen(into, "rb"), None, 0, []
 
-    def __exit__(self, *_):
+    def close(self):
         self.process.kill()
         self.process.wait()
         self.reader.close()
         os.close(self.out)
-        shutil.rmtree(self.folder.name, ignore_errors=True) # its helpers may still be writing
-        self.folder._finalizer.detach()
 
-    def _read(self):
-        "The next message: everything up to a zero byte."
+    def read(self):
         message = bytearray()
         while (o := self.reader.read(1)) != b"\0":
             if not o: raise ValueError("the browser has ended: start it again")
             message += o
         return json.loads(message)
 
-    def send(self, method:str, **params)->dict:
+    def send(self, method, **params):
         "Send a command and wait for its result; events on the way are kept."
         self.count += 1
-        os.write(self.out, json.dumps(dict(id=self.count, method=method, params=params) | (dict(sessionId=self.session) if self.session else {})).encode() + b"\0")
-        while (o := self._read()).get("id") != self.count: self.events.append(o)
+        message = dict(id=self.count, method=method, params=params) | (dict(sessionId=self.session) if self.session else {})
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while (o := self.read()).get("id") != self.count: self.events.append(o)
         if "error" in o: raise ValueError(f"{method}: {o['error']['message']}")
         return o["result"]
+
+# %% ../nbs/02b_preimages.ipynb #browser-page
+class Browser:
+    "A page in a headless Chromium, as a context."
+    def __init__(self,
+                 width:int=1400, height:int=1000, # Of the window
+    ): self.width, self.height = width, height
+
+    def __enter__(self):
+        self.folder = TemporaryDirectory(ignore_cleanup_errors=True) # its helpers may still be writing when it ends
+        self.pipe = _Pipe(self.width, self.height, self.folder.name)
+        self.send, self.events = self.pipe.send, self.pipe.events
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.pipe.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for o in ("Page", "Runtime", "Log", "Network"): self.send(f"{o}.enable")
+        self.send("Emulation.setDeviceMetricsOverride", width=self.width, height=self.height, deviceScaleFactor=1, mobile=False)
+        return self
+
+    def __exit__(self, *_):
+        self.pipe.close()
+        self.folder.cleanup()
 
     def run(self, script:str):
         "The value of an expression; a promise is waited for."
@@ -853,13 +871,12 @@ def _index_figures(store, partition, folder, seed=1):
     document, rows = store.column("document"), torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:200]
     for name, index in indexes.items():
         for metric in METRICS:
-            asked, spent, right = [(index.rows[o], document_rows(document, int(o))) for o in rows], [], []
-            for z, own in asked[:20]: search(index, z, 20, metric, own)
+            asked, spent, found = [(index.rows[o], document_rows(document, int(o))) for o in rows], [], []
             for z, own in asked:
                 start = time.perf_counter()
-                found = search(index, z, 20, metric, own)
+                found.append(search(index, z, 20, metric, own))
                 spent.append(1000*(time.perf_counter() - start))
-                right.append(_share_right(found, similarities(index, z, metric), metric, own))
+            right = [_share_right(o, similarities(index, z, metric), metric, own) for o, (z, own) in zip(found, asked)]
             median, late, recall = sorted(spent)[100], sorted(spent)[197], sum(right)/len(right)
             at = f"{name} of {index.rows.shape[1]} dimensions, {metric}"
             yield _figure(f"query p50, {at}", median, "ms", "below 10", median < 10)
@@ -896,6 +913,7 @@ def _page_figures(explorer, text, rounds):
         o = sorted(v)[len(v)//2]
         yield _figure(f"interaction, {k}", o, "ms", "below 300", o < 300)
 
+# %% ../nbs/02b_preimages.ipynb #benchmark-shading
 def _shading_figures(explorer, row=300):
     "A long text and its nearest: no bar, they appear one after the other."
     name = list(next(iter(explorer.sites.values())))[0]
@@ -906,6 +924,7 @@ def _shading_figures(explorer, row=300):
         tokens = sum(len(explorer.kept["text", o][0]) for o in (rows or [row]))
         yield _figure(f"shading {what}, {tokens} tokens together", 1000*(time.perf_counter() - start), "ms")
 
+# %% ../nbs/02b_preimages.ipynb #benchmark-all
 def benchmark_preimages(
     model:str|None=None, # What `open_model` takes, with a tokenizer; random weights in the shape of stories260K if not given
     rows:int=10**6, # Of the store
