@@ -82,10 +82,13 @@ def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small m
     _print_figures(benchmark_store(model, rows, quick), as_json)
 
 
-def _print_figures(figures: list[dict], as_json: Optional[Path]):
-    "A line for each figure, with its bar; all of them as JSON if asked."
-    for o in figures: print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
-    if as_json: as_json.write_text(json.dumps(figures, indent=1) + "\n")
+def _print_figures(figures, as_json: Optional[Path]):
+    "A line for each figure as it comes, with its bar; all of them as JSON if asked."
+    done = []
+    for o in figures:
+        done.append(o)
+        print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""), flush=True)
+    if as_json: as_json.write_text(json.dumps(done, indent=1) + "\n")
 
 
 @benchmark.command("partition")
@@ -103,6 +106,17 @@ def benchmark_evaluation(*, quick: Annotated[bool, typer.Option("--quick", help=
     "Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound; each figure beside its bar."
     from subspace_circuits.evaluation import benchmark_gpt2, benchmark_trained
     _print_figures(benchmark_gpt2(2 if quick else 16) + benchmark_trained(1 if quick else 3), as_json)
+
+
+@benchmark.command("preimages")
+def benchmark_preimages(model: Annotated[Optional[str], typer.Option(help="A model that speaks for itself, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
+                        rows: Annotated[int, typer.Option(min=2000, help="Rows of the store.")] = 1_000_000,
+                        store: Annotated[Optional[Path], typer.Option(help="A store of the model, instead of capturing one.")] = None,
+                        quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
+                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Index, search and explorer over the model's own tokens; each figure beside its bar."
+    from subspace_circuits.preimages import benchmark_preimages
+    _print_figures(benchmark_preimages(model, rows, quick, store), as_json)
 
 
 @benchmark.command("speed")
@@ -162,6 +176,30 @@ def evaluate(suite: Annotated[str, typer.Argument(help="ioi, greater-than, knowl
     depth = {k: int(v) for k, v in (o.split("=") for o in layers.split(","))} if layers else None
     for line in summary(evaluate(suite, model, partitions, out, facts, prompts, depth, supervised, seed, overwrite)): print(line)
     print(f"figure: {out.with_suffix('.html')}")
+
+
+@app.command()
+def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, or one with a store and partitions.")], *,
+            port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")] = 0,
+            static: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Write one offline page with chosen queries instead.")] = None,
+            queries: Annotated[int, typer.Option(min=1, help="Rows in the offline page.")] = 6,
+            text: Annotated[Optional[list[str]], typer.Option(help="A text in the offline page; may be repeated.")] = None,
+            shading: Annotated[str, typer.Option(help="What the offline page can shade: frozen, free, both separated by a comma, or none. Minutes, for long texts.")] = "frozen",
+            model: Annotated[Optional[str], typer.Option(help="The model, if the run does not name it.")] = None,
+            seed: Seed = 0, overwrite: Overwrite = False):
+    "See what each subspace of a run sees, on a page of this machine or in a file."
+    from subspace_circuits.preimages import chosen_rows, open_run, start_server, static_page
+    if static and static.exists() and not overwrite: raise ValueError(f"{static} exists: name another file, or pass --overwrite")
+    shadings = tuple(o for o in shading.split(",") if o != "none")
+    if bad := set(shadings) - {"frozen", "free"}: raise ValueError(f"unknown shading {min(bad)!r}: use frozen, free, both separated by a comma, or none")
+    explorer = open_run(run, model, overwrite)
+    if static:
+        static.write_text(static_page(explorer, [*(text or []), *chosen_rows(explorer, queries, seed)], shadings=shadings), encoding="utf-8")
+        return print(f"{static}: {static.stat().st_size/1e6:.1f} MB")
+    server = start_server(explorer, port)
+    print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends it)", flush=True)
+    try: server.wait()
+    except KeyboardInterrupt: server.stop()
 
 
 def main():
