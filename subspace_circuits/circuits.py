@@ -1084,9 +1084,9 @@ def _silence(families, seeds):
 
 def benchmark_circuits(
     families:tuple[str, ...]=tuple(FAMILIES), seeds:int=3, # Seeds of each family; as many random models of each kind
-)->dict: # planted (one entry per model), exact, precision by type, accuracy, silent
+)->list[dict]: # What was measured, with its bar
     "Measure recovery on planted families with true subspaces, and silence on random models."
     rows, noise = _zoo(families, seeds), _silence(families, seeds)
-    kinds = {k: [o["precision"][k] for o in rows if k in o["precision"]] for k in ("QK", "OV", "MLP")}
-    return dict(planted=rows, exact=sum(o["exact"] for o in rows)/len(rows), precision={k: sum(v)/len(v) for k, v in kinds.items() if v},
-                accuracy=min(o["accuracy"] for o in rows), silent=1 - sum(noise)/len(noise))
+    figures = [("recovered exactly", [o["exact"] for o in rows], .95), *((f"average precision, {k}", [o["precision"][k] for o in rows if k in o["precision"]], .99) for k in ("QK", "OV", "MLP")),
+               ("right answers of the circuit alone", [o["accuracy"] for o in rows], .99), ("random models without an edge", [not o for o in noise], .99)]
+    return [dict(what=what, figure=sum(v)/len(v), unit=f"(mean of {len(v)})", bar=f"{bar}", held=sum(v)/len(v) >= bar, each=[float(o) for o in v]) for what, v, bar in figures if v]

@@ -100,6 +100,15 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
     _print_figures(benchmark_partition(quick, seeds), as_json)
 
 
+@benchmark.command("circuits")
+def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of each planted family, and random models of each kind.")] = 3,
+                       quick: Annotated[bool, typer.Option("--quick", help="One seed of two families: a check that it runs.")] = False,
+                       as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Recovery of planted circuits from true subspaces, and silence on random models; each figure beside its bar."
+    from subspace_circuits.circuits import benchmark_circuits
+    _print_figures(benchmark_circuits(*((("induction", "histogram"), 1) if quick else ()), **({} if quick else dict(seeds=seeds))), as_json)
+
+
 @benchmark.command("evaluation")
 def benchmark_evaluation(*, quick: Annotated[bool, typer.Option("--quick", help="One planted circuit and few prompts: a check that it runs.")] = False,
                          as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
