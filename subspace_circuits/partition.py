@@ -925,7 +925,7 @@ class Shared(NamedTuple):
     @property
     def most(self): return max(o/limit for o, limit in zip(self, LIMITS))
 
-LIMITS = Shared(.25, .5, .25, .5)
+LIMITS = Shared(.25, .5, .5, .5)
 
 def shared(
     x:Float[Tensor, "row k"], y:Float[Tensor, "row m"], # Rows of two blocks
@@ -1542,15 +1542,15 @@ def merged_truth(
     bases:dict[str, Float[Tensor, "d_model k"]], # True subspaces of a site, `rest` among them or not
     h:Float[Tensor, "row d_model"], generator:torch.Generator, # Activations of the site
 )->dict[str, Float[Tensor, "d_model k"]]: # Names joined by `+`; directions that hold nothing left out
-    "Merge true subspaces of which one predicts at least half of another."
+    "Merge true subspaces of which one predicts at least half of another, or that exclude each other."
     cov = torch.cov(h.T).double()
     floor, held = noise_floor(torch.linalg.eigvalsh(cov)), {}
     for k, b in bases.items():
         e, u = torch.linalg.eigh(b.T.double()@cov@b.double())
         if k != "rest" and e[-1] > floor: held[k] = b@u[:, e > floor].float()
-    z = {k: whiten(h@b)[torch.randperm(len(h), generator=torch.Generator().manual_seed(0))] for k, b in held.items()}
-    names = list(z)
-    pairs = [(i, j) for i, a in enumerate(names) for j, b in enumerate(names) if i != j and predicted_share(z[a], z[b], generator) > .5]
+    names, rows = list(held), torch.randperm(len(h), generator=torch.Generator().manual_seed(0))
+    z, apart = [whiten(h@held[k])[rows] for k in names], exclusions([(h@held[k])[rows] for k in names])
+    pairs = [(i, j) for i, a in enumerate(z) for j, b in enumerate(z) if i != j and (apart[i, j] > LIMITS.exclusion or predicted_share(a, b, generator) > LIMITS.prediction)]
     parts = [[names[i] for i in o] for o in joined(len(names), pairs)]
     return {"+".join(o): torch.linalg.svd(torch.cat([held[k] for k in o], 1), full_matrices=False)[0] for o in parts}
 

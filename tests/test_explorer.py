@@ -278,7 +278,7 @@ def test_command_writes_a_file(run, tmp_path):
 
 
 def test_command_serves_until_it_is_stopped(run):
-    process = subprocess.Popen(command("explore", run), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command("explore", run), stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background ignores it
     try:
         address = process.stdout.readline().split()[0]
         assert address.startswith("http://127.0.0.1:")
