@@ -10,7 +10,7 @@ __all__ = ['NORMS', 'ACTIVATIONS', 'MODES', 'BUDGETS', 'check_architecture', 're
            'attention_edges', 'mlp_edges', 'score_edges', 'average_precision', 'false_discoveries', 'living',
            'budget_cost', 'keep_edges', 'skip_shares', 'links', 'trim', 'KeepOnly', 'divergence', 'Judge', 'prune',
            'repair', 'find_circuit', 'faithfulness', 'completeness', 'jaccard', 'stability', 'compositions', 'paths',
-           'certificate', 'to_graph', 'benchmark_circuits']
+           'certificate', 'to_graph']
 
 # %% ../nbs/03_circuits.ipynb #imports
 import copy, math
@@ -22,10 +22,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .activations import fingerprint
-from .known_circuits import FAMILIES, null_model, plant
 from .partition import Partition
 from .toy_models import Task, accuracy, new_model
 
@@ -1057,36 +1055,3 @@ def _draw(G, o):
         G.add_node(node, kind="mlp", layer=o["layer"], target=o["b"], slot=slot)
         G.add_edge(node, b, type="MLP", component=o["component"], score=None, unit="", p=None)
     G.add_edge(a, node, type="MLP", **kind)
-
-# %% ../nbs/03_circuits.ipynb #benchmark
-def _zoo(families, seeds):
-    "How every family's circuit is recovered with decoys and true subspaces."
-    rows = []
-    for family, seed in tqdm([(f, s) for f in families for s in range(seeds)], desc="planted"):
-        known = plant(family, seed=seed, certified=False)
-        true, parts = {identity(o) for o in known.edges}, {s: Partition(b, s) for s, b in known.bases.items() if s in circuit_sites(known.model)}
-        kept, info = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100, seed=seed), parts, seed=seed)
-        inner = {identity(o) for o in kept if o["type"] in ("QK", "OV", "MLP")}
-        rows.append(dict(family=family, seed=seed, exact=inner == true, precision=average_precision(info["candidates"], true), accuracy=info["curve"][info["chosen"]]["accuracy"],
-                         missing=sorted(true - inner), extra=sorted(inner - true)))
-    return rows
-
-def _silence(families, seeds):
-    "How many random models have a living component."
-    found = []
-    for family, seed in tqdm([(f, s) for f in families for s in range(seeds)], desc="random"):
-        known = plant(family, seed=seed, certified=False)
-        parts = {s: Partition(b, s) for s, b in known.bases.items() if s in circuit_sites(known.model)}
-        for kind in ("rotated", "untrained"):
-            net = null_model(known.model, kind, seed)
-            found.append(bool(living(score_edges(net, Moments(net, known.task, n=50, seed=seed), parts, seed=seed + 1000))))
-    return found
-
-def benchmark_circuits(
-    families:tuple[str, ...]=tuple(FAMILIES), seeds:int=3, # Seeds of each family; as many random models of each kind
-)->list[dict]: # What was measured, with its bar
-    "Measure recovery on planted families with true subspaces, and silence on random models."
-    rows, noise = _zoo(families, seeds), _silence(families, seeds)
-    figures = [("recovered exactly", [o["exact"] for o in rows], .95), *((f"average precision, {k}", [o["precision"][k] for o in rows if k in o["precision"]], .99) for k in ("QK", "OV", "MLP")),
-               ("right answers of the circuit alone", [o["accuracy"] for o in rows], .99), ("random models without an edge", [not o for o in noise], .99)]
-    return [dict(what=what, figure=sum(v)/len(v), unit=f"(mean of {len(v)})", bar=f"{bar}", held=sum(v)/len(v) >= bar, each=[float(o) for o in v]) for what, v, bar in figures if v]

@@ -102,11 +102,12 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
 
 @benchmark.command("circuits")
 def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of each planted family, and random models of each kind.")] = 3,
-                       quick: Annotated[bool, typer.Option("--quick", help="One seed of two families: a check that it runs.")] = False,
+                       learned: Annotated[bool, typer.Option(help="Learn subspaces too: a minute for each model.")] = True,
+                       quick: Annotated[bool, typer.Option("--quick", help="One seed of two families, true subspaces: a check that it runs.")] = False,
                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
-    "Recovery of planted circuits from true subspaces, and silence on random models; each figure beside its bar."
-    from subspace_circuits.circuits import benchmark_circuits
-    _print_figures(benchmark_circuits(*((("induction", "histogram"), 1) if quick else ()), **({} if quick else dict(seeds=seeds))), as_json)
+    "Every method on every planted circuit, from true and from learned subspaces, and on random models; each figure beside its bar."
+    from subspace_circuits.circuit_benchmark import benchmark_circuits
+    _print_figures(benchmark_circuits(*((("induction", "histogram"), 1, False) if quick else ()), **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
 
 
 @benchmark.command("evaluation")
