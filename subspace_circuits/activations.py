@@ -814,6 +814,10 @@ def _open_dataset(source):
 def _dataset_texts(rows, field): return (o[field].strip() for o in rows if o[field])
 
 # %% ../nbs/01_activations.ipynb #text-task
+def _start(tokenizer):
+    "The id that a text starts with, or None."
+    return getattr(tokenizer, "bos", getattr(tokenizer, "bos_token_id", None))
+
 def _encode(tokenizer, text):
     "Ids without any marker."
     if hasattr(tokenizer, "bos_token_id"): return tokenizer.encode(text, add_special_tokens=False)
@@ -833,7 +837,7 @@ class TextTask(Task):
     ):
         if tokenizer is None: raise ValueError(f"text in {source} needs a tokenizer, and this model has none: capture given tokens from Python")
         self.source, self.tokenizer, self.packed, self.lengths, self.args = source, tokenizer, packed, (1, n_ctx), {}
-        start = getattr(tokenizer, "bos", getattr(tokenizer, "bos_token_id", None))
+        start = _start(tokenizer)
         self.head = [start] if bos and start is not None else []
         if not any(read_documents(source)): raise ValueError(f"{source} holds no text: pass one with at least one document")
         self.name = f"text {_text_id(source)}" + ", packed"*packed + ", without bos"*(not bos)
@@ -885,7 +889,7 @@ def open_task(
         path = MODELS/source if str(source) in model_configs() else Path(source)
         fit = {"task": lambda: load_model(str(source))[1]} if "task" in _about(path) else {}
     if isinstance(tokenizer, Tokenizer) and not fit: fit["unique_copy"] = lambda: UniqueCopy(tokenizer.bos)
-    start = getattr(tokenizer, "bos", getattr(tokenizer, "bos_token_id", None))
+    start = _start(tokenizer)
     if start is not None: fit["samples"] = lambda: Samples(model, start)
     data = data or next((o for o in fit if o != "samples"), None)
     if str(data).endswith((".txt", ".jsonl")) or str(data).startswith("hf:"): fit[data] = lambda: TextTask(data, tokenizer, model.cfg.n_ctx, packed, bos)

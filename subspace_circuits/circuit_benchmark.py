@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import batch_rows
+from .activations import _figure, batch_rows
 from .circuits import (
     Judge, KeepOnly, Moments, Weights, average_precision, block_energy, check_partitions, circuit_sites, embed_edges, find_circuit,
     identity, neurons, read_site, score_edges, seen_by, unembed_edges, write_site)
@@ -89,9 +89,12 @@ class Form(NamedTuple):
     right: list[Float[Tensor, "d_model k"]]
     bias: Float[Tensor, "component d_head"]|None = None # Of queries
 
+def _check_positions(w):
+    if w.rotary is not None: raise ValueError("this model has rotary positions, its QK form is another for every offset: baselines read learned positions; use `find_circuit`")
+
 def forms(w:Weights, partitions:dict[str, Partition])->Iterator[Form]:
     "Walk over a model's forms."
-    if w.rotary is not None: raise ValueError("this model has rotary positions, its QK form is another for every offset: baselines read learned positions; use `find_circuit`")
+    _check_positions(w)
     for i in range(w.cfg.n_layers):
         L, sites = w.of(i), (read_site(i), write_site(i, w.cfg.attn_only))
         U, V = ([b.to(w.dtype) for b in partitions[s].bases.values()] for s in sites)
@@ -192,14 +195,7 @@ class Run(NamedTuple):
 
 def run(w:Weights, x:Float[Tensor, "batch pos d_model"])->Run: # w: without rotary positions
     "Run a model from its embeddings."
-    stream, scores = {w.sites[0]: x}, []
-    for i in range(w.cfg.n_layers):
-        r, L, heads = x/w.scale(x), w.heads[i], {}
-        for o in "QKV": heads[o] = torch.einsum("bpd,hde->bhpe", r, L[o]) + L["b" + o][:, None]
-        scores.append(heads["Q"]@heads["K"].mT)
-        x = stream[write_site(i, w.cfg.attn_only)] = x + torch.einsum("bhpe,hed->bpd", w.softmax(scores[-1])@heads["V"], L["O"]) + L["bO"]
-        if w.mlps: x = stream[read_site(i + 1)] = x + w.mlp(i, x/w.scale(x))
-    return Run(stream, scores)
+    return Run(*w.run(x, torch.arange(x.shape[1]).expand(x.shape[:2])))
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #parts
 def _blocks(M, read, write):
@@ -253,7 +249,7 @@ def attribution(
     w:Weights, partitions:dict[str, Partition], batch:Batch, steps:int=1, # Gradients between no embedding and the full one
 )->dict[tuple[str, int], Float[Tensor, "component a b"]]: # Signed
     "Attribute the right answers' logits to edges: gradient times edge, the gradient averaged over the embeddings' way from zero."
-    if w.rotary is not None: raise ValueError("this model has rotary positions: attribution reads learned positions; use `find_circuit`")
+    _check_positions(w)
     x, total = w.embed(batch.tokens, batch.positions), None
     for k in range(1, steps + 1):
         at = run(w, (x*k/steps).requires_grad_())
@@ -280,7 +276,7 @@ def co_moments(
     w:Weights, partitions:dict[str, Partition], batch:Batch,
 )->dict[tuple[str, int], Float[Tensor, "component a b"]]: # Signed; those of all that is written to a subspace add up to 1
     "Compute every edge's share of what its target holds."
-    if w.rotary is not None: raise ValueError("this model has rotary positions: co-moments read learned positions; use `find_circuit`")
+    _check_positions(w)
     found, real = run(w, w.embed(batch.tokens, batch.positions)), batch.real
     stream = {s: x*real[..., None] for s, x in found.stream.items()}
     looks = [(w.softmax(o) - w.softmax(0*o))*real[:, None, :, None]/real.sum() for o in found.scores]
@@ -462,7 +458,7 @@ def _figures(rows, kind):
     mine, out = [o for o in rows if o["method"] == "circuit"], []
     def add(what, v, bar=None):
         figure = sum(v)/len(v)
-        out.append(dict(what=f"{kind} subspaces, {what}", figure=figure, unit=f"(mean of {len(v)})", bar="" if bar is None else f"{bar}", held=None if bar is None else figure >= bar, each=[float(o) for o in v]))
+        out.append(_figure(f"{kind} subspaces, {what}", figure, f"(mean of {len(v)})", "" if bar is None else f"{bar}", None if bar is None else figure >= bar) | dict(each=[float(o) for o in v]))
     precise, exact = BARS[kind]
     add("circuit: recovered exactly", [o["exact"] for o in mine], exact)
     for k in ("QK", "OV", "MLP"):
@@ -487,6 +483,6 @@ def benchmark_circuits(
         false = [o["false"] for o in random if o["method"] == name]
         silent = sum(not o for o in false)/len(false)
         ours = name == "circuit"
-        yield dict(what=f"random models, {name}: without an edge", figure=silent, unit=f"(mean of {len(false)})", bar=".99" if ours else "", held=silent >= .99 if ours else None, each=false)
-        yield dict(what=f"random models, {name}: false edges", figure=sum(false)/len(false), unit="per model", bar="", held=None)
+        yield _figure(f"random models, {name}: without an edge", silent, f"(mean of {len(false)})", ".99" if ours else "", silent >= .99 if ours else None) | dict(each=false)
+        yield _figure(f"random models, {name}: false edges", sum(false)/len(false), "per model")
     if learned: yield from _figures(compare(families, seeds, True), "learned")

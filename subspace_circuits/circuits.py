@@ -110,11 +110,11 @@ class _Forward(_Pieces):
     def embed(self, tokens, positions): return self.W_E[tokens] + (0 if self.W_pos is None else self.W_pos[positions])
 
     def attention(self, layer, r, positions):
-        "What the heads of a layer add, and their patterns, `batch head query key`."
+        "What the heads of a layer add, and their scores, `batch head query key`."
         w, heads = self.heads[layer], {}
         for o in "QKV": heads[o] = torch.einsum("bpd,hde->bhpe", r, w[o]) + w["b" + o][:, None]
-        pattern = self.softmax(self.turn(heads["Q"], positions[:, None])@self.turn(heads["K"], positions[:, None]).mT)
-        return torch.einsum("bhpe,hed->bpd", pattern@heads["V"], w["O"]) + w["bO"], pattern
+        scores = self.turn(heads["Q"], positions[:, None])@self.turn(heads["K"], positions[:, None]).mT
+        return torch.einsum("bhpe,hed->bpd", self.softmax(scores)@heads["V"], w["O"]) + w["bO"], scores
 
     def mlp(self, layer, r):
         "What an MLP adds."
@@ -122,16 +122,20 @@ class _Forward(_Pieces):
         up = r@w["W_in"] + w["b_in"]
         return (act(r@w["W_gate"] + w["b_gate"])*up if "W_gate" in w else act(up))@w["W_out"] + w["b_out"]
 
-    def trace(self, tokens, positions):
-        "The stream at every site, and the patterns of every layer."
-        x, patterns = self.embed(tokens, positions), []
-        seen = {self.sites[0]: x}
+    def run(self, x, positions):
+        "The stream at every site and the attention scores of every layer, from embeddings."
+        seen, scores = {self.sites[0]: x}, []
         for i in range(self.cfg.n_layers):
-            added, pattern = self.attention(i, x/self.scale(x), positions)
-            patterns.append(pattern)
+            added, asked = self.attention(i, x/self.scale(x), positions)
+            scores.append(asked)
             x = seen[write_site(i, self.cfg.attn_only)] = x + added
             if self.mlps: x = seen[read_site(i + 1)] = x + self.mlp(i, x/self.scale(x))
-        return seen, patterns
+        return seen, scores
+
+    def trace(self, tokens, positions):
+        "The stream at every site, and the patterns of every layer."
+        seen, scores = self.run(self.embed(tokens, positions), positions)
+        return seen, [self.softmax(o) for o in scores]
 
     def logits(self, x): return x/self.scale(x, True)@self.W_U + self.b_U
 
@@ -284,7 +288,7 @@ def ov_energy(
 )->Float[Tensor, "head a c"]:
     "Compute the variance that each head writes from each subspace to each, of what it attends to."
     w, eye = m.weights, torch.eye(m.weights.cfg.d_model, dtype=m.weights.dtype)
-    L, C = w.of(layer), torch.stack([m.cov["attended", layer, h].to(w.dtype) for h in range(w.cfg.n_heads)])[:]
+    L, C = w.of(layer), torch.stack([m.cov["attended", layer, h].to(w.dtype) for h in range(w.cfg.n_heads)])
     return block_energy(seen_by(_bases(read, w), C, L["V"]), seen_by(_bases(write, w), eye, L["O"].mT))
 
 # %% ../nbs/03_circuits.ipynb #neurons

@@ -9,7 +9,7 @@ __all__ = ['WORDS', 'IOI_TESTS', 'SUITES', 'LAYERS', 'METHODS', 'EVALUATIONS', '
            'carries', 'single_token', 'usable_words', 'ioi_pairs', 'year_pairs', 'gini', 'gini_coefficients', 'suite',
            'save_small_gpt2', 'bubbles', 'Facts', 'read_facts', 'made_up_name', 'conflict_pairs', 'known_facts',
            'knowledge_conflict', 'rate_bars', 'partition_information', 'read_partitions', 'known_tests', 'evaluate',
-           'fingerprint_of', 'summary', 'benchmark_gpt2', 'benchmark_trained']
+           'summary', 'benchmark_gpt2', 'benchmark_trained']
 
 # %% ../nbs/02a_evaluation.ipynb #imports
 import hashlib, json, math, re, shutil, time
@@ -25,9 +25,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import _encode, _figure, _write_json, batch_rows, check_sites, fingerprint, given, open_model, open_task, read_sites
+from .activations import _encode, _figure, _start, _write_json, batch_rows, check_sites, fingerprint, given, open_model, open_task, read_sites
 from .known_circuits import plant
-from .partition import Partition, baseline_partition, find_partition, mutual_information_matrix, name_subspaces
+from .partition import Partition, baseline_partition, complement, find_partition, mutual_information_matrix, name_subspaces
 from .toy_models import Batch, IndirectObject, Task, Tokenizer, UniqueCopy, _read, _threads, _write, heatmaps, load_model, model_configs
 
 # %% ../nbs/02a_evaluation.ipynb #pairs
@@ -478,10 +478,6 @@ def _controls(basis, h, source, n, generator):
     draws = {f"random {i}": random_like(d, basis.shape[1], generator) for i in range(n)}
     return draws | {f"matched {i}": random_like(d, basis.shape[1], generator, cov, held) for i in range(n)}
 
-def _rest_of(basis):
-    "The complement of a subspace."
-    return torch.linalg.svd(basis, full_matrices=True)[0][:, basis.shape[1]:]
-
 def _reader_patches(basis, grams):
     "The seen and the unseen part for every reader and for all together, where there is such a part; the shares seen."
     parts = {k: split_by_reader(basis, row_space(v)) for k, v in {"all readers": grams, **{k: {k: v} for k, v in grams.items()}}.items()}
@@ -519,7 +515,7 @@ def carries(
     h, source = activations_at(model, pairs, site)
     grams = readers(model, site)
     seen, shares = _reader_patches(basis, grams)
-    bases = {"subspace": basis, "complement": _rest_of(basis), **_controls(basis, h, source, draws, g), **seen}
+    bases = {"subspace": basis, "complement": complement([basis], len(basis)), **_controls(basis, h, source, draws, g), **seen}
     if supervised: bases["supervised"] = supervised_subspace(model, tests, variable, site, basis.shape[1], seed=seed)
     patches = {k: Patch(site, b) for k, b in bases.items()} | {"whole": whole(site, len(basis))}
     out = interchange(model, pairs, patches)
@@ -567,7 +563,7 @@ def _encode_after_space(tokenizer, word): return [] if isinstance(tokenizer, Tok
 
 def _ids(tokenizer, text):
     "Ids of a text after the tokenizer's first marker, if it has one."
-    start = getattr(tokenizer, "bos", getattr(tokenizer, "bos_token_id", None))
+    start = _start(tokenizer)
     return ([] if start is None else [start]) + list(_encode(tokenizer, text))
 
 def single_token(
@@ -957,7 +953,7 @@ def evaluate(
     cuts, out = read_partitions(partitions), Path(out)
     net, tokenizer, task = _opened(model)
     if facts and not Path(facts).is_file(): raise ValueError(f"no facts file {facts}: write question, context and facts as JSON")
-    job = dict(suite=name, model=model, weights=fingerprint(net), partitions={k: fingerprint_of(v) for k, v in cuts.items()},
+    job = dict(suite=name, model=model, weights=fingerprint(net), partitions={k: v.fingerprint[:16] for k, v in cuts.items()},
                facts=facts and hashlib.sha256(Path(facts).read_bytes()).hexdigest()[:16], prompts=n, layers=layers or {}, supervised=supervised, seed=seed)
     if out.exists() and not overwrite:
         held = _held(out)
@@ -982,10 +978,6 @@ def _opened(model):
     return net, tokenizer, load_model(model)[1] if model in model_configs() else None
 
 # %% ../nbs/02a_evaluation.ipynb #evaluate-held
-def fingerprint_of(partition:Partition)->str:
-    "Identify a partition by its numbers."
-    return hashlib.sha256(partition.basis.contiguous().numpy().tobytes() + json.dumps(partition.sizes).encode()).hexdigest()[:16]
-
 def _held(file):
     "What a file of `evaluate` holds, nothing if it is none."
     try: held = json.loads(file.read_text())

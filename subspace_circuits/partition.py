@@ -18,7 +18,7 @@ __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'va
            'stability', 'merged_truth', 'score_circuit', 'benchmark_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
-import json, math, re, time, warnings, zlib
+import hashlib, json, math, re, time, warnings, zlib
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -38,7 +38,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .activations import _reason, _write_json, batch_rows, open_task
+from .activations import _figure, _reason, _write_json, batch_rows, open_task
 from .known_circuits import DECOYS, FAMILIES, plant
 from .neighbors import _all_pairs, nearest
 from .neighbors import mutual_information_matrix as block_information
@@ -183,6 +183,12 @@ class Partition(Pretrained):
     def split(self, h:Float[Tensor, "... d_model"])->dict[str, Float[Tensor, "... k"]]:
         "Coordinates of activations in each subspace."
         return {k: self[k].coordinates(h) for k in self.bases}
+
+    @property
+    def fingerprint(self)->str:
+        "Identifies its site, names, sizes, basis and mean."
+        arrays = b"".join(o.float().contiguous().numpy().tobytes() for o in (self.basis, self.mean))
+        return hashlib.sha256(json.dumps([self.site, self.sizes]).encode() + arrays).hexdigest()
 
     def __repr__(self): return f"Partition of {self.site}: " + ", ".join(f"{k} {v}" for k, v in self.sizes.items())
 
@@ -824,9 +830,9 @@ def _mixture_results(blocks, size, rows, seed):
     found = closed_form(h, "mixture", seed)
     bases, what = [b for k, b in found.bases.items() if k != "rest"], f"{blocks} subspaces x {size}, "
     overlap, exact = match_overlap(truth, bases), all(b.shape[1] == size for b in bases)
-    return [dict(what=what + "found", figure=len(bases), unit="subspaces", bar=f"{blocks}, all of {size} dimensions", held=len(bases) == blocks and exact),
-            dict(what=what + "mean overlap", figure=sum(overlap)/len(overlap), unit="", bar="", held=None),
-            dict(what=what + "time", figure=found.info["seconds"], unit="s", bar="below 600", held=found.info["seconds"] < 600)]
+    return [_figure(what + "found", len(bases), "subspaces", f"{blocks}, all of {size} dimensions", len(bases) == blocks and exact),
+            _figure(what + "mean overlap", sum(overlap)/len(overlap), ""),
+            _figure(what + "time", found.info["seconds"], "s", "below 600", found.info["seconds"] < 600)]
 
 # %% ../nbs/02_partition.ipynb #benchmark-closed
 def benchmark_closed_form(
@@ -839,8 +845,8 @@ def benchmark_closed_form(
     for name in ("groups 20 20", "groups 5 15 5 15", "groups 80 80", "groups 80 80 overfull", "groups 40 80 120 160 overfull"):
         overfull = "overfull" in name
         good, seconds = zip(*_toy_results(name, math.ceil(toys/5) if overfull else toys, rows, seed))
-        figures += [dict(what=f"{name}, {'reported as not separated' if overfull else 'exact'}", figure=sum(good), unit=f"of {len(good)}", bar="all", held=all(good)),
-                    dict(what=f"{name}, slowest", figure=max(seconds), unit="s", bar="" if overfull else "below 2", held=max(seconds) < 2)]
+        figures += [_figure(f"{name}, {'reported as not separated' if overfull else 'exact'}", sum(good), f"of {len(good)}", "all", all(good)),
+                    _figure(f"{name}, slowest", max(seconds), "s", "" if overfull else "below 2", max(seconds) < 2)]
     return figures + (_mixture_results(*mixture, seed) if mixture else [])
 
 # %% ../nbs/02_partition.ipynb #white
@@ -1106,10 +1112,10 @@ def find_partition(
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of what holds next to nothing
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
     checked, start = check_activations(h, site, 20), time.perf_counter()
-    h, generator = h.float(), torch.Generator().manual_seed(seed)
+    h, generator, few = h.float(), torch.Generator().manual_seed(seed), checked["distinct"] <= h.shape[1]
     for share in (.01, .1): # if nothing separates, small directions may be in the way
         rows = SiteRows(h, generator, share)
-        if checked["distinct"] <= h.shape[1]: parts, cuts, between = [torch.eye(rows.x.shape[1])], [], torch.ones(1, 1); break
+        if few: parts, cuts, between = [torch.eye(rows.x.shape[1])], [], torch.ones(1, 1); break
         if is_gaussian(whiten(rows.x), generator): parts, cuts, between = [], [], torch.zeros(0, 0); break
         with tqdm(desc=f"partition {site}", unit="block") as bar: parts, cuts = cut_down(rows, generator, bar)
         parts, between = join_pieces(rows, parts, generator)
@@ -1117,7 +1123,7 @@ def find_partition(
     order = sorted(range(len(parts)), key=lambda i: -(rows.x@parts[i]).square().sum().item())
     bases = {f"s{n}": rows.v@parts[i] for n, i in enumerate(order)}
     rest = complement(list(bases.values()), h.shape[1])
-    verdict = (f"not identified: {checked['distinct']} different rows in {h.shape[1]} dimensions" if checked["distinct"] <= h.shape[1] else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
+    verdict = (f"not identified: {checked['distinct']} different rows in {h.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
                else "not separated: every cut leaves sides that share too much" if len(parts) == 1 else f"{len(parts)} subspaces")
     info = dict(method="closed form, ndm", seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
     p = Partition(bases | ({"rest": rest} if rest.shape[1] else {}), site, rows.mean, info)
@@ -1585,9 +1591,9 @@ def benchmark_partition(
     for name, decoys in (("bare", ()), ("with decoys", DECOYS)):
         scores = [o for f in families for s in range(some) for o in score_circuit(f, s, decoys)]
         exact, mean = sum(o["exact"] for o in scores), [v for o in scores for v in o["overlap"]]
-        figures += [dict(what=f"planted circuits {name}, sites exact", figure=exact, unit=f"of {len(scores)}", bar="90%", held=exact >= .9*len(scores), sites=scores),
-                    dict(what=f"planted circuits {name}, mean overlap", figure=sum(mean)/len(mean), unit="", bar=".99", held=sum(mean) >= .99*len(mean)),
-                    dict(what=f"planted circuits {name}, slowest site", figure=max(o["seconds"] for o in scores), unit="s", bar="below 30", held=max(o["seconds"] for o in scores) < 30)]
+        figures += [_figure(f"planted circuits {name}, sites exact", exact, f"of {len(scores)}", "90%", exact >= .9*len(scores)) | dict(sites=scores),
+                    _figure(f"planted circuits {name}, mean overlap", sum(mean)/len(mean), "", ".99", sum(mean) >= .99*len(mean)),
+                    _figure(f"planted circuits {name}, slowest site", max(o["seconds"] for o in scores), "s", "below 30", max(o["seconds"] for o in scores) < 30)]
     return figures + _trained_results(1 if quick else 10*seeds)
 
 def _trained_results(seeds):
@@ -1599,4 +1605,4 @@ def _trained_results(seeds):
         p = name_subspaces(find_partition(h, "blocks.0.hook_resid_mid", seed), h, labels)
         shares = variable_shares(p, h, labels)
         good += set(p.names) - {"rest"} == set(labels) and all(shares[k][k] > .65 for k in labels)
-    return [dict(what="trained copy model, the three variables found", figure=good, unit=f"of {seeds} seeds", bar="90%", held=good >= .9*seeds)]
+    return [_figure("trained copy model, the three variables found", good, f"of {seeds} seeds", "90%", good >= .9*seeds)]

@@ -29,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import ActivationStore, Samples, _Done, _encode, _figure, _small_model, _wide, _write_json, batch_rows, capture, check_model, given, one_writer, open_model, open_task, read_sites
+from .activations import ActivationStore, Samples, _Done, _encode, _figure, _start, _small_model, _wide, _write_json, batch_rows, capture, check_model, given, one_writer, open_model, open_task, read_sites
 from .known_circuits import plant
 from .neighbors import _faiss, nearest_neighbors
 from .partition import Partition, baseline_partition
@@ -39,10 +39,6 @@ from .toy_models import Batch
 def _store_id(store):
     "What identifies the rows of a store."
     return hashlib.sha256(json.dumps([store.info["capture"], [o["sha256"] for o in store.info["shards"]]], sort_keys=True).encode()).hexdigest()
-
-def _partition_id(p):
-    "What identifies the coordinates of a partition."
-    return hashlib.sha256(json.dumps([p.site, p.sizes]).encode() + b"".join(o.float().contiguous().numpy().tobytes() for o in (p.basis, p.mean))).hexdigest()
 
 def _allocate(file, shapes):
     "A safetensors file of zeros, to be filled a shard at a time."
@@ -64,7 +60,7 @@ def _writable(file):
 # %% ../nbs/02b_preimages.ipynb #claim
 def _about_index(store, partition, exact):
     "What an index was made from."
-    return dict(format=1, site=partition.site, subspaces=partition.sizes, rows=len(store), store=_store_id(store), partition=_partition_id(partition), exact=exact)
+    return dict(format=1, site=partition.site, subspaces=partition.sizes, rows=len(store), store=_store_id(store), partition=partition.fingerprint, exact=exact)
 
 def _same_index(folder, info, about):
     "Refuse an index of something else, naming both."
@@ -489,7 +485,7 @@ def encode_query(
         if bad := [o for o in text.split() if not o.isdigit()]: raise ValueError(f"{bad[0][:60]!r} is no id, and this model has no tokenizer: type ids, separated by spaces")
         ids = [int(o) for o in text.split()]
     else: ids = _encode(tokenizer, text.strip())
-    start = getattr(tokenizer, "bos", getattr(tokenizer, "bos_token_id", None))
+    start = _start(tokenizer)
     if bos and start is not None and ids[:1] != [start]: ids = [start] + ids
     if len(ids) > n_ctx: raise ValueError(f"the text has {len(ids)} tokens and this model takes {n_ctx}: shorten it by {len(ids) - n_ctx}")
     return ids
@@ -934,7 +930,7 @@ def benchmark_preimages(
     "Measure what this page promises, on tokens the model draws itself."
     net, tokenizer = open_model(model) if model else (_small_model(64, 5, 8, 172, 512, 512).requires_grad_(False), None)
     rows, length = 20_000 if quick else rows, min(64 if quick else 512, net.cfg.n_ctx)
-    start, site, sequences = getattr(tokenizer, "bos", getattr(tokenizer, "bos_token_id", None)) or 0, f"blocks.{net.cfg.n_layers//2}.hook_resid_post", min(256, -(-rows//length))
+    start, site, sequences = _start(tokenizer) or 0, f"blocks.{net.cfg.n_layers//2}.hook_resid_post", min(256, -(-rows//length))
     with TemporaryDirectory() as folder:
         folder = Path(folder)
         store = ActivationStore(store) if store else capture(net, Samples(net, start), [site], folder/"store", -(-rows//(length*sequences)), sequences, (0, length))

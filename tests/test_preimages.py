@@ -115,7 +115,7 @@ def test_index_of_something_else(store, partition, tmp_path):
     with pytest.raises(ValueError, match="is an index of another subspaces"): build_indexes(store, cut(64, mid, [32, 32]), tmp_path/"index")
     with pytest.raises(ValueError, match="is an index of another partition: it was made from .{12}, this is .{12}"): build_indexes(store, cut(64, mid, [24, 40], seed=1), tmp_path/"index")
     fresh = cut(64, mid, [24, 40], seed=1)
-    assert build_indexes(store, fresh, tmp_path/"index", overwrite=True)["s0"].info["partition"] == preimages._partition_id(fresh)
+    assert build_indexes(store, fresh, tmp_path/"index", overwrite=True)["s0"].info["partition"] == fresh.fingerprint
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine"/"thesis.tex").write_text("…")
     with pytest.raises(ValueError, match="holds something else"): build_indexes(store, partition, tmp_path/"mine")
