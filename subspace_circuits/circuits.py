@@ -1175,7 +1175,7 @@ def to_graphml(
 
 # %% ../nbs/03_circuits.ipynb #places
 _WIDE = dict(input=94, subspace=108, match=208, mlp=66, output=74)
-_GAP, _ROW, _HEAD, _LINE, _STREAM = 24, 38, 24, 25, 190
+_GAP, _ROW, _DENSE, _HEAD, _LINE, _STREAM = 24, 38, 24, 24, 25, 190
 
 def site_depth(site:str)->float:
     "Place a site in the order of the layers, three steps a layer."
@@ -1209,22 +1209,30 @@ def _head_rows(G):
         if e["type"] == "OV": rows[e["component"]].append(dict(e, id=(s, t, k), kind="moves", label=f"{node_name(G, s)} → {node_name(G, t)}"))
     return {k: sorted(v, key=lambda o: (o["kind"] == "moves", -abs(o.get("score") or 0))) for k, v in rows.items()}
 
-def _panels(depth, heads, n_heads):
+def _panels(depth, heads, n_heads, row):
     "The heads of one layer from top to bottom; those without an edge share one panel."
     names = sorted((o for o in heads if _head_depth(o) == depth), key=lambda o: [int(n) for n in re.findall(r"\d+", o)])
-    panels, idle = [dict(label=o, rows=heads[o], h=_HEAD + _ROW*len(heads[o]) + 2) for o in names], n_heads - len(names)
+    panels, idle = [dict(label=o, rows=heads[o], h=_HEAD + row*len(heads[o]) + 2) for o in names], n_heads - len(names)
     if idle <= 0: return panels
     label = f"{'all' if not names else 'other'} {idle} heads" if idle > 1 else f"L{int(depth//3)}H0" if n_heads == 1 else "other head"
     return panels + [dict(label=label, rows=[], idle="no edge survives", h=2*_HEAD)]
 
+def _row_height(heads):
+    "Two lines a row, one if some layer has more than twelve of them."
+    layers = defaultdict(int)
+    for k, rows in heads.items(): layers[_head_depth(k)] += len(rows)
+    return _DENSE if max(layers.values(), default=0) > 12 else _ROW
+
 def _head_boxes(G, xs):
     "Panels of the heads, stacked upwards from y = 0, and the boxes of their lines."
     heads, panels, boxes, wide = _head_rows(G), [], [], _WIDE["match"]
+    row = _row_height(heads)
+    words = lambda r: score_words(r).replace(" stream", "") if row == _ROW else score_words(r).split(" ")[0]
     for depth in sorted({_head_depth(o) for o in heads} | {3*o + .5 for o in range(G.graph.get("n_layers") or 0)}):
         y = 0
-        for o in reversed(_panels(depth, heads, G.graph.get("n_heads") or 0)):
+        for o in reversed(_panels(depth, heads, G.graph.get("n_heads") or 0, row)):
             panels.append(dict(o, x=xs[depth], y=y - o["h"], w=wide))
-            boxes += [dict(r, x=xs[depth] + 5, y=y - o["h"] + _HEAD + _ROW*i, w=wide - 10, h=_ROW - 4, sub=score_words(r).replace(" stream", ""), tip=f"{o['label']} · {r['label']} · {_tested(r)}") for i, r in enumerate(o["rows"])]
+            boxes += [dict(r, x=xs[depth] + 5, y=y - o["h"] + _HEAD + row*i, w=wide - 10, h=row - 4, sub=words(r), tip=f"{o['label']} · {r['label']} · {_tested(r)}") for i, r in enumerate(o["rows"])]
             y -= o["h"] + 10
     return panels, boxes
 
@@ -1307,7 +1315,7 @@ def layout(
 
 # %% ../nbs/03_circuits.ipynb #figure-lines
 EDGE_COLOURS = dict(Q="#2a66c8", K="#c26a00", OV="#0d806a", MLP="#8b9098", skip="#b4b8be", embed="#8a5a9e", unembed="#b3456e")
-_PRINT_DASHES, _SQUEEZE = dict(MLP="dash", skip="dot"), .63
+_PRINT_DASHES, _SQUEEZE = dict(MLP="dash", skip="dot"), {_ROW: .63, _DENSE: .9}
 
 def _curve(o, n=10):
     "Points of a line's curve."
@@ -1328,6 +1336,10 @@ def _add_lines(fig, lines, colours, words, by, static):
         shown.add(name)
 
 # %% ../nbs/03_circuits.ipynb #figure-boxes
+def _check_address(explorer):
+    "Raise unless it is none, or an address."
+    if explorer and not re.match(r"https?://[^\s'\"<>]+$", explorer): raise ValueError(f"explorer {explorer!r}: pass the address that subspace-circuits explore prints, as http://127.0.0.1:8000")
+
 def _link(explorer, G, o):
     "Where the explorer shows a subspace; nothing for what has no partition."
     if not explorer or o["kind"] != "subspace" or o["name"] == "bias" or o["site"] not in G.graph.get("partitions", {}): return None
@@ -1374,13 +1386,14 @@ def circuit_figure(
 ): # A plotly figure, a unit a pixel
     "Draw a circuit by site and layer."
     import plotly.graph_objects as go
-    if explorer and not re.match(r"https?://[^\s'\"<>]+$", explorer): raise ValueError(f"explorer {explorer!r}: pass the address that subspace-circuits explore prints, as http://127.0.0.1:8000")
-    o, ink, fig = layout(G, _SQUEEZE, 5.5), "black" if static else "#1d1f23", go.Figure()
+    _check_address(explorer)
+    least = _SQUEEZE[_row_height(_head_rows(G))]
+    o, ink, fig = layout(G, least, 5.5), "black" if static else "#1d1f23", go.Figure()
     links = {b["id"]: _link(explorer, G, b) for b in o["boxes"]}
     _add_lines(fig, o["lines"], colours, words, by, static)
     if not static: _add_hover(fig, o["boxes"], links)
     fig.update_layout(template="plotly_white", height=o["height"] + 80, margin=dict(l=0, r=0, t=60, b=0), font=dict(size=11, color=ink, family="system-ui, Helvetica, Arial, sans-serif"),
-                      meta=dict(width=o["width"]), shapes=_shapes(o, ink, static), annotations=_words(o, links, ink, static or by != "type"),
+                      meta=dict(width=o["width"], least=least*o["width"]), shapes=_shapes(o, ink, static), annotations=_words(o, links, ink, static or by != "type"),
                       dragmode=False if static else "pan", hovermode="closest", hoverdistance=12, hoverlabel=dict(align="left", bgcolor="white", font=dict(color=ink)),
                       xaxis=dict(visible=False, fixedrange=static, range=[-6, o["width"] + 6]), yaxis=dict(visible=False, fixedrange=static, range=[o["bottom"] + 30, o["top"]]),
                       legend=dict(orientation="h", x=0, y=1, yanchor="bottom", itemclick=False if static else "toggle"))
@@ -1444,11 +1457,11 @@ def write_figure(
     file:str|Path, title:str, # HTML file to write, and its heading
 ):
     "Write a circuit's figure as one offline page; it scrolls sideways where it would be too narrow to read."
-    static, width = fig.layout.dragmode is False, fig.layout.meta["width"]
+    static, about = fig.layout.dragmode is False, fig.layout.meta
     words = "Black on white, for print; the button saves it as SVG." if static else "Point at an edge or a box; drag to pan, double-click to return; the legend hides and shows edges."
     div = fig.to_html(full_html=False, include_plotlyjs=True, div_id="circuit", post_script=None if static else _CLICK,
                       config=dict(responsive=True, displaylogo=False, displayModeBar=True, toImageButtonOptions=dict(format="svg"), modeBarButtons=[["toImage"] if static else ["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]]))
-    Path(f"{file}.tmp").write_text(_PAGE.format(title=html.escape(title), words=words, figure=div, least=round(_SQUEEZE*width), most=round(1.4*width)), encoding="utf-8")
+    Path(f"{file}.tmp").write_text(_PAGE.format(title=html.escape(title), words=words, figure=div, least=round(about["least"]), most=round(1.4*about["width"])), encoding="utf-8")
     Path(f"{file}.tmp").replace(file)
 
 # %% ../nbs/03_circuits.ipynb #write-files
@@ -1461,6 +1474,7 @@ def write_circuit(
     "Find a model's circuit between given partitions and write it as JSON, with GraphML and a figure beside it."
     out = Path(out)
     if out.suffix != ".json" or not out.parent.is_dir(): raise ValueError(f"{out}: name a .json file in a folder that exists")
+    _check_address(explorer)
     model, task = open_task(source, data)
     cuts = read_partitions(partitions)
     check_partitions(model, cuts)

@@ -8,7 +8,7 @@ import torch
 from subspace_circuits.activations import given
 from subspace_circuits.circuits import (MODES, Judge, KeepOnly, Moments, Weights, add_examples, check_partitions, circuit_figure, circuit_sites, compositions, diff_circuits, diff_figure,
                                         edge_rows, find_circuit, haar_mean, identity, jaccard, keep_edges, layout, links, living, ov_energy, paths, qk_energy, read_circuit, read_site,
-                                        save_circuit, score_edges, to_graph, to_graphml, trim, write_figure, write_site)
+                                        save_circuit, score_edges, to_graph, to_graphml, trim, write_circuit, write_figure, write_site)
 from subspace_circuits.known_circuits import null_model, plant
 from subspace_circuits.partition import Partition
 from subspace_circuits.toy_models import Task, accuracy, new_model
@@ -216,3 +216,22 @@ def test_diff_is_symmetric(drawn):
     assert {o["change"] for o in diff_circuits(G, G)} == {"same"}
     names = {o.name for o in diff_figure(G, less).data if o.mode == "lines"}
     assert names >= {"only in the first", "score changed", "same"} and "only in the second" not in names
+
+
+def test_written_once(tmp_path):
+    "A written circuit is drawn again, not found again; what cannot be found leaves nothing."
+    known, cut, out = plant("histogram"), tmp_path/"partitions", tmp_path/"circuit.json"
+    for i, p in enumerate(truth(known).values()): p.save_pretrained(cut/str(i))
+    job = ("planted-histogram", cut, out)
+    G = write_circuit(*job, answers=50)
+    assert {(o["component"], o["type"]) for o in edge_rows(G)} >= {(o["component"], o["type"]) for o in known.edges}
+    before, page = out.read_bytes(), out.with_suffix(".html").read_text()
+    write_circuit(*job, answers=50, static=True)
+    assert out.read_bytes() == before and out.with_suffix(".html").read_text() != page
+    with pytest.raises(ValueError, match="holds a circuit with seed 0, not 1"): write_circuit(*job, answers=50, seed=1)
+    with pytest.raises(ValueError, match="name a .json file"): write_circuit(*job[:2], tmp_path/"other.txt")
+    with pytest.raises(ValueError, match="pass the address"): write_circuit(*job[:2], tmp_path/"other.json", explorer="here")
+    p = Partition.from_pretrained(cut/"0")
+    Partition(p.bases, p.site, info=dict(weights="a"*64)).save_pretrained(cut/"0")
+    with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"): write_circuit(*job[:2], tmp_path/"other.json")
+    assert not list(tmp_path.glob("other*"))
