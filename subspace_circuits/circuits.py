@@ -1305,8 +1305,9 @@ def layout(
     _route(boxes, lines)
     for i, o in boxes.items():
         o["edges"], o["tall"], room = sorted({e["edge"] for e in lines if i in (e["a"], e["b"])}), bool(o["sub"]) and o["h"] >= 32, squeeze*o["w"]
-        if not o["tall"] and len(o["label"] + o["sub"]) > int(room/letter/1.4): o["sub"] = ""
-        o["label"] = _fit(o["label"], room - (20 if o["kind"] in ("match", "moves") else 8), letter)
+        spare = room - (20 if o["kind"] in ("match", "moves") else 8)
+        if not o["tall"] and letter*(len(o["label"]) + .85*len(o["sub"])) + 14 > spare: o["sub"] = ""
+        o["label"] = _fit(o["label"], spare, letter)
     sites = sorted({o["site"] for o in boxes.values() if o["kind"] == "subspace"}, key=site_depth)
     labels = [dict(x=xs[site_depth(o)] + _WIDE["subspace"]/2, text=short_site(o), site=o) for o in sites]
     bottom, top = max([_STREAM] + [o["y"] + o["h"] for o in boxes.values()]), min([0] + [o["y"] for o in panels + list(boxes.values())])
@@ -1325,15 +1326,16 @@ def _curve(o, n=10):
 
 def _add_lines(fig, lines, colours, words, by, static):
     "One trace for each line, one name in the legend for each type; in print, types are told by dashes, and a head's by where they end."
-    shown, plain = set(), static and by == "type"
+    names, plain = {}, static and by == "type"
     for o in sorted(lines, key=lambda o: o["type"] != "skip"):
         (x, y), kind = _curve(o), o[by]
-        name = "kept edge" if plain and kind not in _PRINT_DASHES else words[kind]
-        dash = _PRINT_DASHES.get(o["type"]) if plain else "dash" if o["negative"] else None
-        line = dict(color="black", width=.6*o["width"], dash=dash) if plain else dict(color=colours[kind], width=o["width"], dash=dash)
-        fig.add_scatter(x=x, y=y, mode="lines", name=name, legendgroup=name, showlegend=name not in shown, legendrank=list(words).index(kind), line=line | dict(shape="spline", simplify=False),
+        name, style = "kept edge" if plain and kind not in _PRINT_DASHES else words[kind], dict(color="black" if plain else colours[kind])
+        if plain or o["negative"]: style["dash"] = _PRINT_DASHES.get(kind) if plain else "dash"
+        names[name] = list(words).index(kind), style | dict(dash=_PRINT_DASHES.get(kind) if plain else None)
+        fig.add_scatter(x=x, y=y, mode="lines", legendgroup=name, showlegend=False, line=dict(width=o["width"]*(.6 if plain else 1), shape="spline", simplify=False, **style),
                         **dict(hoverinfo="skip") if static else dict(hoverinfo="text", text=html.escape(o["tip"])))
-        shown.add(name)
+    if not plain and any(o["negative"] for o in lines): names["negative"] = len(words), dict(color="#63676f", dash="dash")
+    for k, (rank, style) in names.items(): fig.add_scatter(x=[None], y=[None], mode="lines", name=k, legendgroup=k, legendrank=rank, hoverinfo="skip", line=dict(width=1.5 if plain else 3, **style))
 
 # %% ../nbs/03_circuits.ipynb #figure-boxes
 def _check_address(explorer):
