@@ -1331,7 +1331,7 @@ def _add_lines(fig, lines, colours, words, by, static):
         (x, y), kind = _curve(o), o[by]
         name, style = "kept edge" if plain and kind not in _PRINT_DASHES else words[kind], dict(color="black" if plain else colours[kind])
         if plain or o["negative"]: style["dash"] = _PRINT_DASHES.get(kind) if plain else "dash"
-        names[name] = list(words).index(kind), style | dict(dash=_PRINT_DASHES.get(kind) if plain else None)
+        names[name] = min(list(words).index(kind), names.get(name, (math.inf,))[0]), style | dict(dash=_PRINT_DASHES.get(kind) if plain else None)
         fig.add_scatter(x=x, y=y, mode="lines", legendgroup=name, showlegend=False, line=dict(width=o["width"]*(.6 if plain else 1), shape="spline", simplify=False, **style),
                         **dict(hoverinfo="skip") if static else dict(hoverinfo="text", text=html.escape(o["tip"])))
     if not plain and any(o["negative"] for o in lines): names["negative"] = len(words), dict(color="#63676f", dash="dash")
