@@ -195,7 +195,7 @@ def test_places(drawn):
 def test_figure(drawn, tmp_path):
     G, _ = drawn
     fig = circuit_figure(G, "http://127.0.0.1:1")
-    words = " ".join(o.text for o in fig.layout.annotations) + " ".join(o.text for o in fig.data)
+    words = " ".join(o.text for o in fig.layout.annotations) + " ".join(o.text or "" for o in fig.data)
     assert "<b>&s0" not in words and "&lt;b&gt;&amp;s0" in words and "sign −" in words and "nearest to" in words
     assert sum(bool(o.meta) for o in fig.data) == sum(o["kind"] == "subspace" and o["name"] not in ("bias", "stream") for _, o in G.nodes(data=True))
     write_figure(circuit_figure(G, static=True), tmp_path/"print.html", "a <b> & c")
