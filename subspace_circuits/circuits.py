@@ -1029,9 +1029,10 @@ def certificate(
 def to_graph(
     model:nn.Module, moments:Moments, partitions:dict[str, Partition], edges:list[dict], # The kept edges
     least:float=.1, # Smallest share of variance that is drawn as staying in the stream
-)->nx.MultiDiGraph:
+)->nx.MultiDiGraph: # Its `graph` says of which model and partitions
     "Draw up the graph of a circuit."
-    G, partitions, reads = nx.MultiDiGraph(), check_partitions(model, partitions), {o["site_a"] for o in edges if o["a"] == "bias"}
+    about = dict(model=fingerprint(model), partitions={s: p.fingerprint[:16] for s, p in partitions.items()}, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
+    G, partitions, reads = nx.MultiDiGraph(**about), check_partitions(model, partitions), {o["site_a"] for o in edges if o["a"] == "bias"}
     for site, p in partitions.items():
         for name, d in (p.sizes | ({"bias": 1} if site in reads else {})).items(): G.add_node(f"{site}/{name}", kind="subspace", site=site, name=name, d=d)
     for name, kind in (("tokens", "input"), ("positions", "input"), ("logits", "output")): G.add_node(name, kind=kind)
@@ -1040,22 +1041,22 @@ def to_graph(
     for one, two in zip(ordered, ordered[1:]):
         for a, row in zip(one.names, skip_shares(moments, one, two).tolist()):
             for c, s in zip(two.names, row):
-                if s >= least: G.add_edge(f"{one.site}/{a}", f"{two.site}/{c}", type="skip", component=None, score=s, unit="share of variance", p=None)
+                if s >= least: G.add_edge(f"{one.site}/{a}", f"{two.site}/{c}", key="skip", type="skip", component=None, score=s, unit="share of variance", p=None)
     return G
 
 def _draw(G, o):
     "Add one kept edge: a QK edge as a node that a query and a key lead to, edges of an MLP to one target as a joint node."
-    kind = {k: o.get(k) for k in ("component", "score", "unit", "p", "sign", "necessity")}
+    kind, named = {k: o.get(k) for k in ("component", "score", "unit", "p", "sign", "necessity")}, lambda t: dict(key=f"{t} {o['component']}", type=t)
     a, b = (f"{site}/{name}" if "/" not in site and "blocks" in site else site for site, name in ((o["site_a"], o["a"]), (o["site_b"], o["b"])))
     if o["type"] == "QK":
         node = f"{o['component']}: {o['a']} ⋈ {o['b']}"
         G.add_node(node, kind="match", query=o["a"], key=o["b"], **kind)
-        G.add_edge(a, node, type="Q", **kind)
-        return G.add_edge(b, node, type="K", **kind)
-    if o["type"] != "MLP": return G.add_edge(a, b, type=o["type"], **kind)
+        G.add_edge(a, node, **named("Q"), **kind)
+        return G.add_edge(b, node, **named("K"), **kind)
+    if o["type"] != "MLP": return G.add_edge(a, b, **named(o["type"]), **kind)
     node = f"{o['component']} → {o['b']}"
     if node not in G:
         slot = sum(d["kind"] == "mlp" and d["layer"] == o["layer"] for _, d in G.nodes(data=True))
         G.add_node(node, kind="mlp", layer=o["layer"], target=o["b"], slot=slot)
-        G.add_edge(node, b, type="MLP", component=o["component"], score=None, unit="", p=None)
-    G.add_edge(a, node, type="MLP", **kind)
+        G.add_edge(node, b, key=f"MLP {o['component']}", type="MLP", component=o["component"], score=None, unit="", p=None)
+    G.add_edge(a, node, **named("MLP"), **kind)

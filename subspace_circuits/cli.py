@@ -171,6 +171,37 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
 
 
 @app.command()
+def circuit(model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or a hub id.")], *,
+            partitions: Annotated[Path, typer.Option(help="A folder with one partition for each site, as run writes.")],
+            out: Annotated[Path, typer.Option(metavar="FILE.json", help="Node-link JSON to write, with .graphml and .html beside it; drawn again if it holds the same job.")],
+            data: Annotated[Optional[str], typer.Option(help="As for capture; the model's own task if not given.")] = None,
+            answers: Annotated[int, typer.Option(min=10, help="Right answers to choose edges on; twice as many others to check on.")] = 400,
+            explorer: Annotated[Optional[str], typer.Option(help="The address that explore prints: subspaces in the figure lead there.")] = None,
+            static: Annotated[bool, typer.Option("--static", help="Draw for print, black on white.")] = False,
+            seed: Seed = 0, overwrite: Overwrite = False):
+    "Find the edges between given subspaces that a model's answers need, and draw them."
+    from subspace_circuits.circuit_graph import edge_rows, score_words, write_circuit
+    rows = [o for o in edge_rows(write_circuit(model, partitions, out, data, answers, explorer, static, seed, overwrite)) if o["type"] != "skip"]
+    for o in rows: print(f"{o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {score_words(o)}" + (f", necessity {o['necessity']:.3g} nats" if o.get("necessity") is not None else ""))
+    print(f"{len(rows)} edges: {out}, {out.with_suffix('.graphml').name}, {out.with_suffix('.html').name}")
+
+
+@app.command()
+def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")], second: Annotated[Path, typer.Argument(help="Another.")], *,
+         out: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Both as one figure, coloured by what changed.")] = None,
+         least: Annotated[float, typer.Option(min=0, help="Smallest relative change of a score that counts.")] = .05, overwrite: Overwrite = False):
+    "What two circuits have in common, and what only one of them has."
+    from subspace_circuits.circuit_graph import diff_circuits, diff_figure, read_circuit, three_digits, write_figure
+    if out and out.exists() and not overwrite: raise ValueError(f"{out} exists: name another file, or pass --overwrite")
+    one, two = read_circuit(first), read_circuit(second)
+    rows = diff_circuits(one, two, least)
+    for o in rows:
+        if o["change"] != "same": print(f"{o['change']:<18} {o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {three_digits(o['first'])} -> {three_digits(o['second'])} {o['unit']}")
+    print(f"{sum(o['change'] == 'same' for o in rows)} of {len(rows)} edges are the same" + ("" if one.graph.get("model") == two.graph.get("model") else "; the models differ"))
+    if out: write_figure(diff_figure(one, two, least), out, f"{first} and {second}")
+
+
+@app.command()
 def evaluate(suite: Annotated[str, typer.Argument(help="ioi, greater-than, knowledge-conflict, carriers or mutual-information.")],
              model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, or a hub id.")], *,
              partitions: Annotated[Path, typer.Option(help="A partition, or a folder of partitions, each of its own site.")],

@@ -4,12 +4,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-import networkx as nx
 import torch
 from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live
+from subspace_circuits.circuit_graph import add_examples, save_circuit
 from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
 from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, variable_shares
 from subspace_circuits.report import write_report
@@ -36,11 +36,11 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     with clock("circuit"):
         moments = Moments(model, task, seed=seed)
         edges, found = find_circuit(model, task, moments, partitions, answers=800, seed=seed)
-        graph = to_graph(model, moments, partitions, edges)
+        graph = add_examples(to_graph(model, moments, partitions, edges), model, task, partitions, seed=seed)
     with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, lengths)
     control = json.loads((out/"control.json").read_text())
     _write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()})
-    _write_json(out/"circuit.json", nx.node_link_data(graph, edges="edges"))
+    save_circuit(graph, out/"circuit.json")
     _write_json(out/"attention.json", example(model, task, seed))
     batch = task.sample(200, generator=torch.Generator().manual_seed(seed))
     metrics = dict(**scores, head_scores=head_scores(model, batch), sites={k: v["summary"] for k, v in evidence.items()},

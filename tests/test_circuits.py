@@ -1,10 +1,13 @@
 "What circuits must not depend on, on random models of every supported shape, and what they refuse."
-import copy, math
+import copy, json, math
 
+import networkx as nx
 import pytest
 import torch
 
 from subspace_circuits.activations import given
+from subspace_circuits.circuit_graph import (add_examples, circuit_figure, diff_circuits, diff_figure, edge_rows, layout, read_circuit, save_circuit, to_graphml,
+                                             write_circuit, write_figure)
 from subspace_circuits.circuits import (MODES, Judge, KeepOnly, Moments, Weights, check_partitions, circuit_sites, compositions, find_circuit, haar_mean, identity, jaccard,
                                         keep_edges, links, living, ov_energy, paths, qk_energy, read_site, score_edges, to_graph, trim, write_site)
 from subspace_circuits.known_circuits import null_model, plant
@@ -151,3 +154,85 @@ def test_judge_counts_only_what_right_answers_lose():
     judge = Judge(known.model, known.task)
     assert judge(known.model) < 1e-5 and abs(judge.mean(known.model)) < 1e-6
     assert judge(KeepOnly(known.model, Moments(known.model, known.task, n=60), truth(known), [])) > 1
+
+
+@pytest.fixture(scope="module", params=["layer norm", "attention only"])
+def drawn(request):
+    "64 edges of a random model between random subspaces, one of them with a name that is markup, every second of negative sign."
+    net = model_of(request.param)
+    p, site = cut(net), read_site(0)
+    p[site] = Partition({"<b>&s0" if k == "s0" else k: v for k, v in p[site].bases.items()}, site)
+    moments = Moments(net, Noise(), n=20)
+    edges = score_edges(net, moments, p, draws=16)
+    edges = [o | dict(sign=-1 if i % 2 else 1, necessity=.1*i) for i, o in enumerate(edges[::len(edges)//64][:64])]
+    return add_examples(to_graph(net, moments, p, edges), net, Noise(), p, n=5), edges
+
+
+def test_exchange(drawn, tmp_path):
+    G, edges = drawn
+    assert sum(o["type"] != "skip" for o in edge_rows(G)) == len(edges) == 64
+    save_circuit(G, tmp_path/"c.json")
+    assert nx.utils.graphs_equal(read_circuit(tmp_path/"c.json"), G)
+    to_graphml(G, tmp_path/"c.graphml")
+    again = nx.read_graphml(tmp_path/"c.graphml", force_multigraph=True)
+    assert set(again) == set(G) and sorted(o["type"] for *_, o in again.edges(data=True)) == sorted(o["type"] for *_, o in G.edges(data=True))
+    held = json.loads((tmp_path/"c.json").read_text())
+    for wrong, said in ((held | dict(version=0), "version 0, this reads version 1"), ({k: v for k, v in held.items() if k != "version"}, "version None"), ({}, "no nodes and edges")):
+        with pytest.raises(ValueError, match=said): read_circuit(wrong)
+    (tmp_path/"list.json").write_text("[1]")
+    for o in ("list.json", "c.graphml", "none.json"):
+        with pytest.raises(ValueError, match="is no circuit"): read_circuit(tmp_path/o)
+
+
+def test_places(drawn):
+    G, _ = drawn
+    for how in ((), (.63, 5.5)):
+        o = layout(G, *how)
+        assert {e["edge"] for e in o["lines"]} == set(range(G.number_of_edges())) and all(e["x1"] < e["x2"] for e in o["lines"])
+        boxes = sorted(o["boxes"], key=lambda b: (b["x"], b["y"]))
+        assert all(a["x"] + a["w"] <= b["x"] or a["y"] + a["h"] <= b["y"] for a, b in zip(boxes, boxes[1:]))
+
+
+def test_figure(drawn, tmp_path):
+    G, _ = drawn
+    fig = circuit_figure(G, "http://127.0.0.1:1")
+    words = " ".join(o.text for o in fig.layout.annotations) + " ".join(o.text or "" for o in fig.data)
+    assert "<b>&s0" not in words and "&lt;b&gt;&amp;s0" in words and "sign −" in words and "nearest to" in words
+    assert sum(bool(o.meta) for o in fig.data) == sum(o["kind"] == "subspace" and o["name"] not in ("bias", "stream") for _, o in G.nodes(data=True))
+    write_figure(circuit_figure(G, static=True), tmp_path/"print.html", "a <b> & c")
+    assert "<title>a &lt;b&gt; &amp; c</title>" in (tmp_path/"print.html").read_text()
+    with pytest.raises(ValueError, match="pass the address"): circuit_figure(G, "file:///x")
+
+
+def test_diff_is_symmetric(drawn):
+    G, _ = drawn
+    less = G.copy()
+    gone = next((s, t, k) for s, t, k, e in G.edges(keys=True, data=True) if e["type"] == "OV")
+    less.remove_edge(*gone)
+    turned = next(e for *_, e in less.edges(data=True) if e["type"] == "OV")
+    turned["sign"] = -turned["sign"]
+    there, back = ({o["change"]: o for o in diff_circuits(*pair) if o["change"] != "same"} for pair in ((G, less), (less, G)))
+    assert set(there) == {"only in the first", "score changed"} and set(back) == {"only in the second", "score changed"}
+    assert there["only in the first"]["label"] == back["only in the second"]["label"]
+    assert {o["change"] for o in diff_circuits(G, G)} == {"same"}
+    names = {o.name for o in diff_figure(G, less).data if o.mode == "lines"}
+    assert names >= {"only in the first", "score changed", "same"} and "only in the second" not in names
+
+
+def test_written_once(tmp_path):
+    "A written circuit is drawn again, not found again; what cannot be found leaves nothing."
+    known, cut, out = plant("histogram"), tmp_path/"partitions", tmp_path/"circuit.json"
+    for i, p in enumerate(truth(known).values()): p.save_pretrained(cut/str(i))
+    job = ("planted-histogram", cut, out)
+    G = write_circuit(*job, answers=50)
+    assert {(o["component"], o["type"]) for o in edge_rows(G)} >= {(o["component"], o["type"]) for o in known.edges}
+    before, page = out.read_bytes(), out.with_suffix(".html").read_text()
+    write_circuit(*job, answers=50, static=True)
+    assert out.read_bytes() == before and out.with_suffix(".html").read_text() != page
+    with pytest.raises(ValueError, match="holds a circuit with seed 0, not 1"): write_circuit(*job, answers=50, seed=1)
+    with pytest.raises(ValueError, match="name a .json file"): write_circuit(*job[:2], tmp_path/"other.txt")
+    with pytest.raises(ValueError, match="pass the address"): write_circuit(*job[:2], tmp_path/"other.json", explorer="here")
+    p = Partition.from_pretrained(cut/"0")
+    Partition(p.bases, p.site, info=dict(weights="a"*64)).save_pretrained(cut/"0")
+    with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"): write_circuit(*job[:2], tmp_path/"other.json")
+    assert not list(tmp_path.glob("other*"))

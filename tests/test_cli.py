@@ -128,6 +128,26 @@ def test_too_few_activations(tmp_path):
     assert not (tmp_path/"p").exists()
 
 
+def test_circuit_and_diff(tmp_path):
+    from subspace_circuits.circuit_graph import read_circuit
+    from subspace_circuits.circuits import circuit_sites
+    from subspace_circuits.known_circuits import plant
+    from subspace_circuits.partition import Partition
+    known, cut, out = plant("induction"), tmp_path/"partitions", tmp_path/"circuit.json"
+    for i, site in enumerate(circuit_sites(known.model)): Partition(known.bases[site], site).save_pretrained(cut/str(i))
+    job = ("circuit", "planted-induction", "--partitions", cut, "--out", out)
+    code, printed, error = call(*job)
+    assert code == 0 and "L1H0       QK       token ⋈ previous" in printed, error
+    graph = read_circuit(out)
+    kept = {(o["component"], o["type"]) for *_, o in graph.edges(data=True) if o["type"] in ("Q", "K", "OV")}
+    assert kept == {(o["component"], t) for o in known.edges for t in (("Q", "K") if o["type"] == "QK" else ("OV",))}
+    assert {o.name for o in tmp_path.iterdir()} == {"partitions", "circuit.json", "circuit.graphml", "circuit.html"}
+    code, printed, error = call("diff", out, out, "--out", tmp_path/"diff.html")
+    assert code == 0 and printed.splitlines() == ["7 of 7 edges are the same"] and (tmp_path/"diff.html").exists(), error
+    shutil.rmtree(cut/"1")
+    assert "no partition of blocks.0.hook_resid_post" in refused(*job[:-1], tmp_path/"other.json") and not list(tmp_path.glob("other*"))
+
+
 def test_run_resumes_to_the_same_metrics(tmp_path):
     "A finished run is reused; one that lost its end, and one partition, comes out the same but for times."
     run = tmp_path/"run"
