@@ -685,7 +685,7 @@ def _grouped(pairs, rows):
 
 class _Compiler:
     "Turns kept edges into maps, one component at a time."
-    def _sum(self, site, names): return sum((self.P[site][o] for o in names if o in self.P[site]), self.none)
+    def _sum(self, site, names): return sum((P for o, P in self.P[site].items() if o in names), self.none) # In the site's order: sums of floats are the same in every process
 
     def _compile(self, component):
         kept = self.edges.get(component, set())

@@ -1,5 +1,5 @@
 "What circuits must not depend on, on random models of every supported shape, and what they refuse."
-import copy, json, math
+import copy, json, math, os, subprocess, sys
 
 import networkx as nx
 import pytest
@@ -236,3 +236,18 @@ def test_written_once(tmp_path):
     Partition(p.bases, p.site, info=dict(weights="a"*64)).save_pretrained(cut/"0")
     with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"): write_circuit(*job[:2], tmp_path/"other.json")
     assert not list(tmp_path.glob("other*"))
+
+
+def test_same_circuit_in_every_process():
+    "Sums run in a fixed order: another order of sets, as another hash seed makes, changes no bit."
+    script = ("import torch; torch.set_num_threads(1)\n"
+              "from subspace_circuits.circuit_benchmark import planted_partitions\n"
+              "from subspace_circuits.circuits import KeepOnly, Moments, score_edges\n"
+              "from subspace_circuits.known_circuits import plant\n"
+              "known = plant('induction', certified=False)\n"
+              "parts, moments = planted_partitions(known), Moments(known.model, known.task, n=30)\n"
+              "keep = KeepOnly(known.model, moments, parts, score_edges(known.model, moments, parts, draws=16))\n"
+              "batch = known.task.sample(5, generator=torch.Generator().manual_seed(0))\n"
+              "print(keep(batch.tokens, position_ids=batch.positions).double().sum().item().hex())")
+    said = {subprocess.run([sys.executable, "-c", script], env=os.environ | dict(PYTHONHASHSEED=o), capture_output=True, text=True, check=True).stdout for o in "012"}
+    assert len(said) == 1
