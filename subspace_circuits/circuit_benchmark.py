@@ -9,11 +9,13 @@ __all__ = ['Scores', 'METHODS', 'DECIDING', 'COLUMNS', 'BARS', 'planted_partitio
            'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits', 'attribution', 'eap', 'eap_ig',
            'co_moments', 'twera', 'ablation', 'chance', 'reported', 'shuffled', 'grade', 'learned_partitions',
            'best_overlaps', 'found_key', 'compare', 'compare_random', 'summary', 'as_table', 'draw_comparison',
-           'benchmark_circuits']
+           'scoring_cost', 'benchmark_circuits']
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #imports
-import copy, math, time
+import copy, math, sys, time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from .circuits import (
     identity, neurons, read_site, score_edges, seen_by, unembed_edges, write_site)
 from .known_circuits import FAMILIES, KnownCircuit, null_model, plant
 from .partition import Partition, learn_partition
-from .toy_models import Batch, Task, accuracy
+from .toy_models import Batch, Task, UniqueCopy, _threads, accuracy, new_model
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #planted-partitions
 def planted_partitions(known:KnownCircuit)->dict[str, Partition]: # By site
@@ -450,6 +452,27 @@ def draw_comparison(
     fig.update_yaxes(tickvals=at, ticktext=names, range=[-.6, len(at) - .4]).update_yaxes(showticklabels=False, col=2)
     return fig.update_layout(template="plotly_white", width=720, height=90 + 28*len(names), margin=dict(l=10, r=10, t=30, b=45), legend=dict(orientation="h", y=1.07))
 
+# %% ../nbs/03a_circuit_benchmark.ipynb #cost
+def scoring_cost(
+    d_model:int=768, n_layers:int=12, n_heads:int=12, vocabulary:int=50_000, subspaces:int=12, threads:int=2, # Of the model, of each site, of torch
+)->tuple[float, float]: # Seconds of `score_edges` once there are moments; GB that the process has ever held, model included
+    "Score a random model, GPT-2-small-shaped unless told otherwise, between random subspaces."
+    import resource
+    with _threads(threads):
+        model = new_model(vocabulary + 4, n_layers=n_layers, n_heads=n_heads, d_model=d_model)
+        moments = Moments(model, UniqueCopy(vocabulary), n=50, lengths=(20, 30))
+        basis = torch.linalg.qr(torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(0)))[0].tensor_split(subspaces, 1)
+        partitions, start = {s: Partition({f"s{i}": b for i, b in enumerate(basis)}, s) for s in circuit_sites(model)}, time.perf_counter()
+        score_edges(model, moments, partitions)
+        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)/1e9
+
+def _cost_figures():
+    "What scores cost on a toy and at the size of GPT-2 small, each in a process of its own."
+    for what, sizes, bar in (("toy", dict(d_model=64, n_layers=2, n_heads=1, vocabulary=40, subspaces=4, threads=1), 1), ("GPT-2-small shape", {}, 60)):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: seconds, held = pool.submit(scoring_cost, **sizes).result()
+        yield _figure(f"{what}, scores of all edges", seconds, "s", f"below {bar}", seconds < bar)
+        yield _figure(f"{what}, memory of the process", held, "GB", "below 4", held < 4)
+
 # %% ../nbs/03a_circuit_benchmark.ipynb #benchmark
 BARS = {"planted": (.99, .95), "learned": (.95, .80)} # Average precision, exact recovery
 
@@ -476,7 +499,7 @@ def benchmark_circuits(
     families:tuple[str, ...]=tuple(FAMILIES), seeds:int=3, # Seeds of each family; as many random models of each kind
     learned:bool=True, # Learn subspaces too: minutes for each model
 )->Iterator[dict]: # What was measured, with its bar
-    "Measure every method on planted families with true and with learned subspaces, and on random models."
+    "Measure every method on planted families with true and with learned subspaces, and on random models, and what scores cost."
     yield from _figures(compare(families, seeds), "planted")
     random = compare_random(families, seeds)
     for name in dict.fromkeys(o["method"] for o in random):
@@ -485,4 +508,5 @@ def benchmark_circuits(
         ours = name == "circuit"
         yield _figure(f"random models, {name}: without an edge", silent, f"(mean of {len(false)})", ".99" if ours else "", silent >= .99 if ours else None) | dict(each=false)
         yield _figure(f"random models, {name}: false edges", sum(false)/len(false), "per model")
+    yield from _cost_figures()
     if learned: yield from _figures(compare(families, seeds, True), "learned")

@@ -71,11 +71,11 @@ def _attention_maps(model, kind, i):
         out[o], b = _fold(kind, model.blocks[i].ln1, W, b[:, None])
         out["b" + o] = b[:, 0]
     out |= {o: out[o]/math.sqrt(c.d_head) for o in ("Q", "bQ")}
-    return out | {"O": model.W_O[i].detach(), "bO": model.b_O[i].detach()}
+    return out | {"O": model.W_O[i].detach().clone(), "bO": model.b_O[i].detach()} # the model stacks all layers to give one
 
 def _mlp_maps(model, kind, i):
     "Maps of a layer's neurons, and of their gates if there are any."
-    c, norm, W_out = model.cfg, model.blocks[i].ln2, model.W_out[i].detach()
+    c, norm, W_out = model.cfg, model.blocks[i].ln2, model.W_out[i].detach().clone() # As `O`
     b_in, b_out = (torch.zeros(c.d_mlp), torch.zeros(c.d_model)) if c.gated_mlp else (model.b_in[i].detach(), model.b_out[i].detach())
     W_in, b_in = _fold(kind, norm, model.W_in[i].detach(), b_in)
     out = dict(W_in=W_in, b_in=b_in, W_out=W_out, b_out=b_out)
@@ -417,10 +417,10 @@ def family_p(
 # %% ../nbs/03_circuits.ipynb #head-null
 class HeadNull:
     "Energies of random heads of one layer: the spectrum of a head's form between random directions, moments and subspaces as they are."
-    def __init__(self, m:Moments, layer:int, read:Partition, write:Partition, left:Float[Tensor, "draw d d"], right:Float[Tensor, "draw d d"]):
+    def __init__(self, m:Moments, layer:int, read:Partition, write:Partition, turns:Float[Tensor, "draw d d"]): # From `rotations`; one draw's neighbour is independent of it
         w, site = m.weights, read_site(layer)
         self.m, self.layer, n = m, layer, min(w.cfg.d_head, w.cfg.d_model)
-        self.U, X, Y = _bases(read, w), left[..., :n], right[..., :n]
+        self.U, X, Y = _bases(read, w), turns[..., :n], turns[..., :n].roll(1, 0)
         self.x = [u.T@X for u in self.U]
         self.query, self.key = (seen_by(self.U, C.to(w.dtype), o) for C, o in ((m.second(site), X), (m.cov["within", site], Y)))
         self.target = seen_by(_bases(write, w), torch.eye(len(X[0]), dtype=w.dtype), Y)
@@ -443,7 +443,7 @@ class HeadNull:
 # %% ../nbs/03_circuits.ipynb #neuron-null
 def neuron_energy(
     m:Moments, layer:int, read:Partition, write:Partition, # Of the sites the MLP reads and writes
-    left:Float[Tensor, "draw d d"]|None=None, right:Float[Tensor, "draw d d"]|None=None, # Rotations of what neurons read and write
+    turns:Float[Tensor, "draw d d"]|None=None, # Rotations of what neurons read; the draw before rotates what they write
     most:int=128, # How many neurons to look at, the largest
 )->Float[Tensor, "... a c"]:
     "Compute the share of the energy that single neurons carry from each subspace to each, as they are or rotated."
@@ -462,9 +462,9 @@ def neuron_energy(
         c = torch.stack([o.square().sum(1) for o in (W_out@V).split(list(write.sizes.values()), 1)])
         carried = a*slopes(w, L, rows).square().mean(0)@c.T
         return carried/carried.sum().clamp(min=1e-30) # how often neurons are open depends on what they read
-    if left is None: return energy(L, V)
+    if turns is None: return energy(L, V)
     turned = lambda o: L | {k: o@L[k] for k in ("W_in", "W_gate") if k in L}
-    return torch.stack([energy(turned(o), q@V) for o, q in zip(left, right)])
+    return torch.stack([energy(turned(o), turns[i - 1]@V) for i, o in enumerate(turns)])
 
 # %% ../nbs/03_circuits.ipynb #permuted
 def permuted(
@@ -532,12 +532,12 @@ def unembed_edges(m:Moments, partitions:dict[str, Partition])->list[dict]:
                   dict(score=size/size.sum(), p=None, sign=torch.ones(len(size), 1)))
 
 # %% ../nbs/03_circuits.ipynb #attention-edges
-def attention_edges(m:Moments, layer:int, partitions:dict[str, Partition], left, right, generator)->list[dict]:
+def attention_edges(m:Moments, layer:int, partitions:dict[str, Partition], turns, generator)->list[dict]:
     "Score the QK and OV blocks of a layer."
     w, sites = m.weights, (read_site(layer), write_site(layer, m.weights.cfg.attn_only))
     read, write = (partitions[o] for o in sites)
     L, U, V, variance = w.of(layer), _bases(read, w), _bases(write, w), m.cov["stream", sites[1]].trace()
-    null, qk, ov = HeadNull(m, layer, read, write, left, right), qk_energy(m, layer, read), ov_energy(m, layer, read, write)
+    null, qk, ov = HeadNull(m, layer, read, write, turns), qk_energy(m, layer, read), ov_energy(m, layer, read, write)
     signs, bias = qk_signs(m, layer, read, generator), torch.einsum("hdi,hi->hd", L["K"], L["bQ"])
     free, rich = enrichment(L["Q"], L["K"], U, U)
     of_bias = torch.stack([(bias@u).square().sum(1) for u in U], 1)[:, None]
@@ -554,7 +554,7 @@ def attention_edges(m:Moments, layer:int, partitions:dict[str, Partition], left,
     return out
 
 # %% ../nbs/03_circuits.ipynb #mlp-edges
-def mlp_edges(m:Moments, layer:int, partitions:dict[str, Partition], left, right)->list[dict]:
+def mlp_edges(m:Moments, layer:int, partitions:dict[str, Partition], turns)->list[dict]:
     "Score the blocks of an MLP by the variance that is lost when a subspace comes from another row."
     w, sites = m.weights, (write_site(layer), read_site(layer + 1))
     read, write = (partitions[o] for o in sites)
@@ -566,7 +566,7 @@ def mlp_edges(m:Moments, layer:int, partitions:dict[str, Partition], left, right
     free = torch.stack([(u.T@W_in).square().sum(0) for u in U])@torch.stack([(W_out@u).square().sum(1) for u in V]).T
     met = (W_in*W_out.T).sum(0).square().sum()
     by_chance = haar_mean(U, V, W_in.square().sum(0)@W_out.square().sum(1), met, met).clamp(min=1e-30)
-    p = family_p(neuron_energy(m, layer, read, write), neuron_energy(m, layer, read, write, left, right))
+    p = family_p(neuron_energy(m, layer, read, write), neuron_energy(m, layer, read, write, turns))
     tables = dict(score=total/variance, sign=torch.ones_like(p), p=p, total=total/own, first=first/own,
                   jacobian=jacobian_energy(m, layer, read, write)/variance, data_free=free.sqrt(), enrichment=free/by_chance)
     return _edges(f"MLP{layer}", "MLP", read.names, write.names, sites, "share of stream variance", tables, layer=layer)
@@ -579,12 +579,11 @@ def score_edges(
     "Score every block of every component from weights and moments."
     if moments.model is not model: raise ValueError("these moments are of another model: pass Moments(model, task) of this one")
     partitions, w, g = check_partitions(model, partitions), moments.weights, torch.Generator().manual_seed(seed)
-    left = rotations(w.cfg.d_model, draws, g, w.dtype)
-    right = left.roll(1, 0) # one draw's neighbour is independent of it
+    turns = rotations(w.cfg.d_model, draws, g, w.dtype)
     edges = embed_edges(moments, partitions)
     for layer in range(w.cfg.n_layers):
-        edges += attention_edges(moments, layer, partitions, left, right, g)
-        if w.mlps: edges += mlp_edges(moments, layer, partitions, left, right)
+        edges += attention_edges(moments, layer, partitions, turns, g)
+        if w.mlps: edges += mlp_edges(moments, layer, partitions, turns)
     return edges + unembed_edges(moments, partitions)
 
 # %% ../nbs/03_circuits.ipynb #rank
