@@ -404,7 +404,7 @@ def diff_figure(
     **how, # Of `circuit_figure`
 ): # A plotly figure
     "Draw two circuits as one, coloured by what changed; scores that both have are the second's."
-    changes = {(o["component"], o["type"], o["label"], o["where"]): o["change"] for o in diff_circuits(one, two, least)}
+    changes = {_edge_key(o): o["change"] for o in diff_circuits(one, two, least)}
     return circuit_figure(nx.compose(_marked(one, changes), _marked(two, changes)), by="change", colours=CHANGES, words={k: k for k in CHANGES}, **how)
 
 # %% ../nbs/03b_circuit_graph.ipynb #write-circuit

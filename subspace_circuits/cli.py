@@ -82,6 +82,10 @@ def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small m
     _print_figures(benchmark_store(model, rows, quick), as_json)
 
 
+def _check_free(file: Optional[Path], overwrite: bool):
+    if file and file.exists() and not overwrite: raise ValueError(f"{file} exists: name another file, or pass --overwrite")
+
+
 def _print_figures(figures, as_json: Optional[Path]):
     "A line for each figure as it comes, with its bar; all of them as JSON if asked."
     done = []
@@ -192,7 +196,7 @@ def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")], second:
          least: Annotated[float, typer.Option(min=0, help="Smallest relative change of a score that counts.")] = .05, overwrite: Overwrite = False):
     "What two circuits have in common, and what only one of them has."
     from subspace_circuits.circuit_graph import diff_circuits, diff_figure, read_circuit, three_digits, write_figure
-    if out and out.exists() and not overwrite: raise ValueError(f"{out} exists: name another file, or pass --overwrite")
+    _check_free(out, overwrite)
     one, two = read_circuit(first), read_circuit(second)
     rows = diff_circuits(one, two, least)
     for o in rows:
@@ -230,7 +234,7 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
             seed: Seed = 0, overwrite: Overwrite = False):
     "See what each subspace of a run sees, on a page of this machine or in a file."
     from subspace_circuits.preimages import chosen_rows, open_run, start_server, static_page
-    if static and static.exists() and not overwrite: raise ValueError(f"{static} exists: name another file, or pass --overwrite")
+    _check_free(static, overwrite)
     shadings = tuple(o for o in shading.split(",") if o != "none")
     if bad := set(shadings) - {"frozen", "free"}: raise ValueError(f"unknown shading {min(bad)!r}: use frozen, free, both separated by a comma, or none")
     explorer = open_run(run, model, overwrite)

@@ -31,7 +31,7 @@ def render(config: dict, metrics: dict, partitions: dict, attention: dict, circu
     from plotly.offline import get_plotlyjs
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(assets), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters |= dict(pct=pct, num=three_digits, score=score_words)
-    graph = read_graph(circuit, config, metrics)
+    graph = read_graph(circuit, metrics)
     return env.get_template("report.html.jinja").render(
         config=config, metrics=metrics, claim=claim(metrics, graph), accuracy=accuracy_table(metrics), edge_words=EDGE_WORDS,
         drawing=layout(graph) | dict(edges=edge_rows(graph)) if circuit else None, curve=curve_figure(metrics.get("circuit", {})),
@@ -101,11 +101,10 @@ def holds(shares: dict) -> str:
 
 # ## The circuit
 
-def read_graph(circuit: dict, config: dict, metrics: dict):
+def read_graph(circuit: dict, metrics: dict):
     "The circuit with every subspace of the partition, wired or not."
     import networkx as nx
     graph = read_circuit(circuit) if circuit else nx.MultiDiGraph()
-    graph.graph.update({o: config[o] for o in ("n_layers", "n_heads") if o in config})
     for site, o in metrics.get("sites", {}).items():
         for name, d in (o.get("sizes") or {}).items():
             if f"{site}/{name}" not in graph: graph.add_node(f"{site}/{name}", kind="subspace", site=site, name=name, d=d)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from subspace_circuits.activations import given
+from subspace_circuits.circuit_benchmark import planted_partitions
 from subspace_circuits.circuit_graph import (add_examples, circuit_figure, diff_circuits, diff_figure, edge_rows, layout, read_circuit, save_circuit, to_graphml,
                                              write_circuit, write_figure)
 from subspace_circuits.circuits import (MODES, Judge, KeepOnly, Moments, Weights, check_partitions, circuit_sites, compositions, find_circuit, haar_mean, identity, jaccard,
@@ -42,9 +43,6 @@ def cut(net, seed=0):
     "Random partitions into four parts."
     g = torch.Generator().manual_seed(seed)
     return {s: Partition({f"s{i}": o for i, o in enumerate(torch.linalg.qr(torch.randn(32, 32, generator=g))[0].split([4, 12, 8, 8], 1))}, s) for s in circuit_sites(net)}
-
-
-def truth(known): return {s: Partition(b, s) for s, b in known.bases.items() if s in circuit_sites(known.model)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,7 +98,7 @@ def test_exact_mean_over_rotations():
 @pytest.mark.parametrize("family", ["histogram", "modular_addition"])
 def test_planted_circuit_is_found(family):
     known = plant(family, seed=4, certified=False)
-    moments, partitions = Moments(known.model, known.task, n=100), truth(known)
+    moments, partitions = Moments(known.model, known.task, n=100), planted_partitions(known)
     kept, info = find_circuit(known.model, known.task, moments, partitions)
     inner = {identity(o) for o in kept if o["type"] in ("QK", "OV", "MLP")}
     assert inner == {identity(o) for o in known.edges} and min(o["necessity"] for o in kept) >= info["price"]
@@ -112,7 +110,7 @@ def test_planted_circuit_is_found(family):
 
 def test_rotary_circuit_is_found():
     known = plant("induction", rotary=True, certified=False)
-    kept, _ = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100), truth(known))
+    kept, _ = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100), planted_partitions(known))
     assert {identity(o) for o in kept if o["type"] in ("QK", "OV")} == {identity(o) for o in known.edges}
 
 
@@ -122,8 +120,8 @@ def test_random_models_are_silent(kind):
     for seed in range(3):
         net = null_model(known.model, kind, seed)
         moments = Moments(net, known.task, n=60)
-        assert living(score_edges(net, moments, truth(known), seed=seed + 50)) == set()
-    assert find_circuit(net, known.task, moments, truth(known))[0] == []
+        assert living(score_edges(net, moments, planted_partitions(known), seed=seed + 50)) == set()
+    assert find_circuit(net, known.task, moments, planted_partitions(known))[0] == []
 
 
 def test_trim_and_budget():
@@ -153,7 +151,7 @@ def test_judge_counts_only_what_right_answers_lose():
     known = plant("histogram", certified=False)
     judge = Judge(known.model, known.task)
     assert judge(known.model) < 1e-5 and abs(judge.mean(known.model)) < 1e-6
-    assert judge(KeepOnly(known.model, Moments(known.model, known.task, n=60), truth(known), [])) > 1
+    assert judge(KeepOnly(known.model, Moments(known.model, known.task, n=60), planted_partitions(known), [])) > 1
 
 
 @pytest.fixture(scope="module", params=["layer norm", "attention only"])
@@ -222,7 +220,7 @@ def test_diff_is_symmetric(drawn):
 def test_written_once(tmp_path):
     "A written circuit is drawn again, not found again; what cannot be found leaves nothing."
     known, cut, out = plant("histogram"), tmp_path/"partitions", tmp_path/"circuit.json"
-    for i, p in enumerate(truth(known).values()): p.save_pretrained(cut/str(i))
+    for i, p in enumerate(planted_partitions(known).values()): p.save_pretrained(cut/str(i))
     job = ("planted-histogram", cut, out)
     G = write_circuit(*job, answers=50)
     assert {(o["component"], o["type"]) for o in edge_rows(G)} >= {(o["component"], o["type"]) for o in known.edges}

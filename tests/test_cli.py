@@ -129,12 +129,11 @@ def test_too_few_activations(tmp_path):
 
 
 def test_circuit_and_diff(tmp_path):
+    from subspace_circuits.circuit_benchmark import planted_partitions
     from subspace_circuits.circuit_graph import read_circuit
-    from subspace_circuits.circuits import circuit_sites
     from subspace_circuits.known_circuits import plant
-    from subspace_circuits.partition import Partition
     known, cut, out = plant("induction"), tmp_path/"partitions", tmp_path/"circuit.json"
-    for i, site in enumerate(circuit_sites(known.model)): Partition(known.bases[site], site).save_pretrained(cut/str(i))
+    for i, p in enumerate(planted_partitions(known).values()): p.save_pretrained(cut/str(i))
     job = ("circuit", "planted-induction", "--partitions", cut, "--out", out)
     code, printed, error = call(*job)
     assert code == 0 and "L1H0       QK       token ⋈ previous" in printed, error

@@ -31,7 +31,7 @@ def files():
             seconds=dict(capture=1., partition=2.)),
         "partitions": {mid: dict(names=["token", "previous token"], determination=[[1, .1], [.1, 1]], mutual_information=[[2, .1], [.1, 2]])},
         "attention": dict(tokens=["bos", "1"], patterns=[dict(component="L0H0", pattern=[[1, 0], [.9, .1]])]),
-        "circuit": dict(version=1, directed=True, multigraph=True, graph={}, edges=edges,
+        "circuit": dict(version=1, directed=True, multigraph=True, graph=dict(n_layers=1, n_heads=1), edges=edges,
                         nodes=[*subspaces, matched, dict(id="MLP0", kind="mlp", layer=0), dict(id="logits", kind="output")])}
 
 
@@ -97,7 +97,7 @@ def test_config_alone(tmp_path):
 
 def test_claim_without_baseline():
     metrics = dict(circuit=dict(n_edges=1), accuracy=dict(full={"0-5": 0.}, keep_only={"0-5": 0.}))
-    assert claim(metrics, read_graph({}, {}, {})) == "The circuit keeps 1 edge."
+    assert claim(metrics, read_graph({}, {})) == "The circuit keeps 1 edge."
 
 
 def test_not_a_run_folder(tmp_path):
