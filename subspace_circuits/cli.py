@@ -1,5 +1,6 @@
 "The command line: one verb a stage; each only calls the modules."
 import json, re, sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -151,27 +152,37 @@ def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of 
 
 
 @app.command()
-def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *, site: Annotated[str, typer.Option(help="Hook name.")],
-              out: Out, method: Annotated[str, typer.Option(help="ndm: cuts, and growth where no cut holds; closed-form: independent subspaces only; growth.")] = "ndm",
+def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *, site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
+              out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, with a folder for each site if there are several; what holds the same job is kept, anything else refused.")],
+              method: Annotated[str, typer.Option(help="ndm: cuts, and growth where no cut holds; closed-form: independent subspaces only; growth.")] = "ndm",
               seed: Seed = 0, overwrite: Overwrite = False):
-    "Find the subspaces of one site of a store, and how many there are."
+    "Find the subspaces of sites of a store, and how many there are."
     from subspace_circuits.activations import ActivationStore
-    from subspace_circuits.partition import Partition, closed_form, grow_partition, learn_partition
+    from subspace_circuits.partition import closed_form, grow_partition, learn_partition
     methods = {"ndm": learn_partition, "closed-form": closed_form, "growth": grow_partition}
     if method not in methods: raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
     acts = ActivationStore(store)
-    if site not in acts.sites: raise ValueError(f"no site {site!r} in {store}: use one of {', '.join(acts.sites)}")
-    weights = acts.info["capture"]["weights"]
-    if (out/"partition.json").exists() and not overwrite:
-        old = Partition.from_pretrained(out)
-        if (old.site, old.info.get("asked"), old.info.get("seed"), old.info.get("weights")) != (site, method, seed, weights):
-            raise ValueError(f"{out} holds the partition of {old.site} by {old.info.get('asked')} with seed {old.info.get('seed')}: name another folder, or pass --overwrite")
-        return print(old)
-    if out.exists() and any(out.iterdir()) and not overwrite: raise ValueError(f"{out} holds something else: name an empty or a new folder")
-    found = methods[method](acts[site], site, seed, weights=weights)
-    found.info["asked"] = method
-    found.save_pretrained(out)
-    print(found)
+    fits = {o: [x for x in acts.sites if fnmatchcase(x, o)] for o in site.split(",")}
+    if lost := [o for o, v in fits.items() if not v]: raise ValueError(f"no site {lost[0]!r} in {store}: use one of {', '.join(acts.sites)}")
+    sites = dict.fromkeys(x for v in fits.values() for x in v)
+    folders = {o: out/o if len(sites) > 1 else out for o in sites}
+    kept = {o: _kept_partition(folder, o, method, seed, acts.info["capture"]["weights"]) for o, folder in folders.items() if not overwrite}
+    for o, folder in folders.items():
+        if (found := kept.get(o)) is None:
+            found = methods[method](acts[o], o, seed, weights=acts.info["capture"]["weights"])
+            found.info["asked"] = method
+            found.save_pretrained(folder)
+        print(found)
+
+
+def _kept_partition(folder: Path, site: str, method: str, seed: int, weights: str):
+    "The partition that a folder holds, if it is that of this job; nothing if there is none."
+    from subspace_circuits.partition import Partition
+    if not folder.exists() or not any(folder.iterdir()): return None
+    if not (folder/"partition.json").exists(): raise ValueError(f"{folder} holds something else: name an empty or a new folder")
+    old = Partition.from_pretrained(folder)
+    if (old.site, old.info.get("asked"), old.info.get("seed"), old.info.get("weights")) == (site, method, seed, weights): return old
+    raise ValueError(f"{folder} holds the partition of {old.site} by {old.info.get('asked')} with seed {old.info.get('seed')}: name another folder, or pass --overwrite")
 
 
 @app.command()

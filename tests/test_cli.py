@@ -122,6 +122,18 @@ def test_partition_refuses(store, tmp_path):
     assert "holds no store.json" in refused("partition", tmp_path, "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
 
 
+def test_several_sites(tmp_path):
+    "One folder for each site; a second call keeps them, another seed is refused before anything is written."
+    sites = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid"]
+    assert call("capture", "induction", "--out", tmp_path/"store", "--sites", ",".join(sites), "--shards", 1)[0] == 0
+    job = ["partition", tmp_path/"store", "--site", "blocks.0.*", "--method", "closed-form", "--out", tmp_path/"p"]
+    code, out, error = call(*job)
+    assert code == 0 and [o.split(":")[0] for o in out.splitlines()] == [f"Partition of {o}" for o in sites], error
+    assert sorted(o.name for o in (tmp_path/"p").iterdir()) == sorted(sites) and call(*job)[1] == out
+    shutil.rmtree(tmp_path/"p"/sites[0])
+    assert "with seed 0: name another folder" in refused(*job, "--seed", 1) and not (tmp_path/"p"/sites[0]).exists()
+
+
 def test_too_few_activations(tmp_path):
     assert call("capture", "induction", "--out", tmp_path/"tiny", "--shards", 1, "--sequences", 3)[0] == 0
     assert "fewer than 1280" in refused("partition", tmp_path/"tiny", "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
