@@ -830,7 +830,9 @@ class Judge:
                  lengths:tuple[int,int]|None=None):
         g = torch.Generator().manual_seed(seed)
         draw = lambda n: task.sample(n, lengths, g, model.cfg.n_ctx)
-        self.batch = draw(max(8, math.ceil(32*answers/max(1, draw(32).scored.sum().item()))))
+        batch = draw(max(8, math.ceil(32*answers/max(1, draw(32).scored.sum().item()))))
+        first = torch.arange(len(batch.tokens))[:, None] % 2 == 0 # every other sequence begins at position 0
+        self.batch = batch._replace(positions=batch.positions - first*batch.positions[:, :1])
         self.right = self.batch.targets[self.batch.scored]
         self.want = model(self.batch.tokens, position_ids=self.batch.positions)[self.batch.scored].log_softmax(-1)
 

@@ -9,13 +9,14 @@ __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'va
            'refine_cut', 'cross_cumulants', 'CutTest', 'test_cut', 'is_gaussian', 'flat_cut', 'Block',
            'independent_blocks', 'shared_features', 'joined', 'merge_blocks', 'pure_frame', 'planted_mixture',
            'energy_groups', 'refine_frame', 'wide_blocks', 'noise_floor', 'evidence', 'closed_form',
-           'benchmark_closed_form', 'whiten', 'exclusions', 'match_shares', 'information_shares', 'predicted_share',
-           'Shared', 'shared', 'local_covariances', 'propose_cuts', 'block_entropy', 'SiteRows', 'proposals',
-           'best_pair', 'cut_down', 'random_cumulants', 'join_pieces', 'loose_pairs', 'find_partition', 'determined',
-           'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases', 'assign', 'search', 'explained', 'vote',
-           'grow_partition', 'learn_partition', 'name_subspaces', 'determination', 'mutual_information_matrix',
-           'read_published', 'Comparison', 'compare', 'group_components', 'baseline_partition', 'Stability',
-           'stability', 'merged_truth', 'score_circuit', 'benchmark_partition']
+           'benchmark_closed_form', 'whiten', 'from_silence', 'exclusions', 'matched', 'match_shares',
+           'information_shares', 'matched_information', 'predicted_share', 'Shared', 'shared', 'local_covariances',
+           'propose_cuts', 'block_entropy', 'SiteRows', 'told_directions', 'told_spreads', 'excluded_directions',
+           'moves', 'move_directions', 'exchange', 'proposals', 'best_pair', 'cut_down', 'random_cumulants',
+           'join_pieces', 'loose_pairs', 'find_partition', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle',
+           'fit_bases', 'assign', 'search', 'explained', 'vote', 'grow_partition', 'learn_partition', 'name_subspaces',
+           'determination', 'mutual_information_matrix', 'read_published', 'Comparison', 'compare', 'group_components',
+           'baseline_partition', 'Stability', 'stability', 'merged_truth', 'score_circuit', 'benchmark_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
 import hashlib, json, math, re, time, warnings, zlib
@@ -27,9 +28,11 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import networkx
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.linalg import eigh
 from scipy.linalg import qr as pivoted_qr
 from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
@@ -312,9 +315,9 @@ def units(
 def log_distance(
     q:Float[Tensor, "query d"], k:Float[Tensor, "key d"], sizes:list[int], blur:float, # Coordinates, their block sizes, and the blur
 )->float: # Nats, up to a constant
-    "What `ndm` minimises when a blur is given: the sum of d_s E[log r_s] over the blocks."
+    "What `ndm` minimises when a blur is given: the sum of d_s E[log r_s] over the blocks, r_s the root mean square of a coordinate, so that blocks of other sizes compare."
     blocks = zip(q.split(sizes, 1), k.split(sizes, 1), nearest(q, k, sizes), sizes)
-    return sum(n/2*((a - b[i]).square().sum(1) + n*blur**2).log().mean().item() for a, b, i, n in blocks)
+    return sum(n/2*((a - b[i]).square().mean(1) + blur**2).log().mean().item() for a, b, i, n in blocks)
 
 def pool_without_copies(
     h:Float[Tensor, "row d"], pool:int, blur:float, generator:torch.Generator, n:int=1000, # Activations, the largest pool, scale of a difference, rows to compare
@@ -857,33 +860,42 @@ def whiten(z:Float[Tensor, "row k"])->Float[Tensor, "row k"]:
     return z@(v/e.clamp(min=1e-9*e.max()).sqrt()@v.T)
 
 # %% ../nbs/02_partition.ipynb #exclusions
+def from_silence(
+    x:Float[Tensor, "row k"], n:int=600, # Rows in random order, and how many of them are looked at
+)->Float[Tensor, "row k"]:
+    "Measure rows from the one that is nearest to half of all: from where a variable that is mostly off is off."
+    far = torch.cdist(x[:n], x[:n]).numpy()
+    return x - x[np.partition(far, len(far)//2, 1)[:, :len(far)//2].mean(1).argmin()]
+
 def exclusions(
     blocks:list[Float[Tensor, "row _"]], # Rows of each block, in random order
-    n:int=600, # Rows among which silence is looked for
 )->Float[Tensor, "block block"]:
-    "1 - E[|x|² |y|²]/(E|x|² E|y|²), lengths from the row nearest to half of all: 1 if one block is silent whenever the other is not."
-    energy = []
-    for z in blocks:
-        silent = torch.cdist(z[:n], z[:n]).sort(1).values[:, :n//2].mean(1).argmin()
-        energy.append((z - z[silent]).square().sum(1))
-    energy = torch.stack([o/o.mean() for o in energy])
+    "1 - E[|x|² |y|²]/(E|x|² E|y|²), lengths from silence: 1 if one block is silent whenever the other is not."
+    energy = torch.stack([from_silence(o).square().sum(1) for o in blocks])
+    energy = energy/energy.mean(1, keepdim=True)
     return 1 - energy@energy.T/energy.shape[1]
 
 # %% ../nbs/02_partition.ipynb #match-share
+def matched(
+    z:Float[Tensor, "row k"], # White rows
+    generator:torch.Generator, n:int=1500, keys:int=8000, blur:float=.1, # As in `match_shares`
+)->tuple[Int[Tensor, "query"], Int[Tensor, "query"]]: # Rows, and for each the row nearest to it among others
+    "Match rows with rows, all blurred."
+    n = min(n, len(z)//3)
+    q, k = torch.randperm(len(z), generator=generator)[:n + min(keys, len(z) - n)].tensor_split([n])
+    a, b = (z[o] + blur*torch.randn(len(o), z.shape[1], generator=generator) for o in (q, k))
+    return q, k[nearest(a, b, [z.shape[1]])[0]]
+
 def match_shares(
     blocks:list[Float[Tensor, "row _"]], # White rows of each block
     generator:torch.Generator, n:int=1500, keys:int=8000, # Queries and keys, fewer if there are not so many rows
     blur:float=.1, # Standard deviations of noise on what is matched
 )->Float[Tensor, "from to"]:
     "Share of each block's variance that a nearest neighbour in another determines: the trace of Cov E[to | from]."
-    rows = len(blocks[0])
-    n = min(n, rows//3)
-    q, k = torch.randperm(rows, generator=generator)[:n + min(keys, rows - n)].split([n, min(keys, rows - n)])
     out = torch.zeros(len(blocks), len(blocks))
     for i, z in enumerate(blocks):
-        a, b = (z[o] + blur*torch.randn(len(o), z.shape[1], generator=generator) for o in (q, k))
-        found = k[nearest(a, b, [z.shape[1]])[0]]
-        for j, y in enumerate(blocks): out[i, j] = 1 - (y[q] - y[found]).square().sum()/(2*n*y.shape[1])
+        q, found = matched(z, generator, n, keys, blur)
+        for j, y in enumerate(blocks): out[i, j] = 1 - (y[q] - y[found]).square().mean()/2
     return out
 
 # %% ../nbs/02_partition.ipynb #information-share
@@ -898,6 +910,16 @@ def information_shares(
     own = nats[:k, k:].diagonal().clamp(min=.05)
     out = (nats[:k, :k] + nats[k:, k:] + nats[:k, k:] + nats[k:, :k])/4/torch.minimum(own[:, None], own)
     return out.fill_diagonal_(1)
+
+# %% ../nbs/02_partition.ipynb #matched-information
+def matched_information(
+    x:Float[Tensor, "row k"], y:Float[Tensor, "row m"], # White rows of two blocks
+    generator:torch.Generator, n:int=2000, blur:float=.1, # Queries; noise
+)->float: # A lower bound of the share of information
+    "Mutual information between a row of `x` and the row of `x` that its nearest neighbour in `y` has, over the information of `x` with itself."
+    q, found = matched(y, generator, n)
+    one, other, own = (x[o] + blur*torch.randn(len(o), x.shape[1], generator=generator) for o in (q, found, q))
+    return (_all_pairs([one, other], 1)[0, 1]/_all_pairs([one, own], 1)[0, 1].clamp(min=.05)).item()
 
 # %% ../nbs/02_partition.ipynb #predicted-share
 def predicted_share(
@@ -941,7 +963,7 @@ def shared(
     small, big = sorted((whiten(x), whiten(y)), key=lambda z: z.shape[1])
     told = Shared(exclusions([x, y])[0, 1].item())
     if told.most < limit: told = told._replace(match=match_shares([small, big], generator).fill_diagonal_(0).max().item())
-    if told.most < limit: told = told._replace(information=information_shares([small, big], generator)[0, 1].item())
+    if told.most < limit: told = told._replace(information=max(information_shares([small, big], generator)[0, 1].item(), matched_information(small, big, generator)))
     for a, b in ((big, small), (small, big)) if big.shape[1] < 2*small.shape[1] else ((big, small),):
         if told.most < limit: told = told._replace(prediction=max(told.prediction, predicted_share(a, b, generator)))
     return told
@@ -1022,13 +1044,92 @@ class SiteRows:
         self.v, self.e = v[:, e > self.floor].float(), e[e > self.floor]
         self.x = ((h - self.mean)@self.v)[torch.randperm(len(h), generator=generator)]
 
-    def purify(self, x:Float[Tensor, "row d"], parts:list[Float[Tensor, "d _"]], generator:torch.Generator, pool:int, **settings)->list[Float[Tensor, "d _"]]:
+    def pool(self, x:Float[Tensor, "row d"], generator:torch.Generator, most:int=1024)->int:
+        "Size of a pool that holds few copies."
+        return pool_without_copies(x, min(most, len(x)//2), math.sqrt(self.floor), generator)
+
+    def measure(self, x:Float[Tensor, "row d"], pool:int, generator:torch.Generator, n:int=2000)->Callable: # Of a list of bases
+        "What NDM minimises, on rows drawn once."
+        q, k = x[torch.randperm(len(x), generator=generator)[:n + pool]].tensor_split([-pool])
+        return lambda parts: log_distance(q@torch.cat(parts, 1), k@torch.cat(parts, 1), [o.shape[1] for o in parts], math.sqrt(self.floor))
+
+    def purify(self, x:Float[Tensor, "row d"], parts:list[Float[Tensor, "d _"]], generator:torch.Generator, pool:int=1024, starts:tuple[float, ...]=(.5, .1), steps:int=100, lr:float=.005)->list[Float[Tensor, "d _"]]:
         "Let NDM turn parts into each other, from a coarse and from a fine blur, and keep what is best: one of these, or the parts as they are."
         sizes, blur, basis = [o.shape[1] for o in parts], math.sqrt(self.floor), torch.cat(parts, 1)
-        pool = pool_without_copies(x, pool, blur, generator)
-        tries = [basis] + [ndm(x, sizes, pool, generator, basis=basis, blur=blur, start=max(blur, o*self.e[0].sqrt().item()), **settings) for o in (.5, .1)]
-        q, k = x[torch.randperm(len(x), generator=generator)[:2000 + pool]].tensor_split([2000]) if len(x) > 2000 + pool else x.tensor_split([len(x)//2])
-        return list(min(tries, key=lambda o: log_distance(q@o, k@o, sizes, blur)).split(sizes, 1))
+        pool = self.pool(x, generator, pool)
+        tries = [ndm(x, sizes, pool, generator, basis=basis, blur=blur, start=max(blur, o*self.e[0].sqrt().item()), steps=steps, lr=lr) for o in starts]
+        return min([parts, *(list(o.split(sizes, 1)) for o in tries)], key=self.measure(x, pool, generator))
+
+# %% ../nbs/02_partition.ipynb #foreign-directions
+def told_directions(
+    y:Float[Tensor, "row m"], matches:tuple[Int[Tensor, "query"], Int[Tensor, "query"]], # White rows of a block; rows matched in another block
+)->tuple[Float[Tensor, "m"], Float[Tensor, "m m"]]: # Shares, the largest first, and directions
+    "Find the directions of `y` that a match determines most: eigenvectors of Cov E[y | x]."
+    apart = y[matches[0]] - y[matches[1]]
+    e, v = torch.linalg.eigh(apart.T@apart/(2*len(apart)))
+    return 1 - e, v
+
+def told_spreads(y, matches): # As above
+    "Find the directions of `y` whose squares a match determines most: eigenvectors of E[(E[yy' | x])²]."
+    a, b = y[matches[0]], y[matches[1]]
+    both = (a*(a*b).sum(1, keepdim=True)).T@b
+    v = torch.linalg.eigh(both + both.T)[1]
+    a, b = (a@v).square(), (b@v).square()
+    shares, order = (((a*b).mean(0) - 1)/(a.square().mean(0) - 1).clamp(min=.1)).sort(descending=True)
+    return shares, v[:, order]
+
+def excluded_directions(
+    x:Float[Tensor, "row k"], y:Float[Tensor, "row m"], # White rows of two blocks, in random order
+)->tuple[Float[Tensor, "m"], Float[Tensor, "m m"]]: # As above, but the directions are not orthogonal
+    "Find the directions of `y` that are most silent where `x` is not: eigenvectors of E[|x|²yy']/E|x|² among those of E[yy'], both from silence."
+    loud, y = from_silence(x).square().sum(1, keepdim=True), from_silence(y)
+    e, v = (torch.from_numpy(o) for o in eigh(((y*loud/loud.mean()).T@y).numpy(), (y.T@y).numpy()))
+    return 1 - e, v
+
+# %% ../nbs/02_partition.ipynb #moves
+def moves(
+    x:Float[Tensor, "row d"], pair:list[Float[Tensor, "d _"]], # Rows in random order, and two bases
+    generator:torch.Generator,
+)->tuple[float, list]: # Sum over the sides of the share that belongs to the other, and the cuts with that moved over
+    "Move directions of either side to the other if that determines or excludes them."
+    foreign, cuts, white = 0., [], [whiten(x@o) for o in pair]
+    for a, b, z, y in ((*pair, *white), (*pair[::-1], *white[::-1])):
+        told, root = matched(z, generator, keys=4000), torch.linalg.lstsq((x@b)[:2000] - (x@b).mean(0), y[:2000]).solution
+        for limit, (shares, v) in zip(LIMITS, (excluded_directions(z, y), told_directions(y, told), told_spreads(y, told))):
+            k = int((shares > limit).sum())
+            foreign += k/len(shares)
+            turn = torch.linalg.svd((root@v)[:, :k])[0]
+            if 0 < k < len(shares): cuts.append([torch.cat([a, b@turn[:, :k]], 1), b@turn[:, k:]])
+    return foreign, cuts
+
+def move_directions(
+    site:SiteRows, x:Float[Tensor, "row d"], pair:list[Float[Tensor, "d _"]], # As in `SiteRows.purify`
+    generator:torch.Generator, rounds:int=4, least:float=.05, # Moves in a row, and the nats each has to gain
+)->list[Float[Tensor, "d _"]]: # The pair itself if nothing was moved
+    "Move what belongs to the other side, as long as NDM's objective falls and no larger share is foreign."
+    far = site.measure(x, site.pool(x, generator), generator, 3000)
+    (foreign, cuts), best = moves(x, pair, generator), far(pair)
+    for _ in range(rounds):
+        tries = [site.purify(x, o, generator, starts=(.1,)) for o in cuts]
+        for cost, new in sorted(((far(o), o) for o in tries), key=lambda o: o[0]):
+            if cost > best - least: return pair
+            after = moves(x, new, generator)
+            if after[0] <= foreign: break
+        else: return pair
+        best, pair, (foreign, cuts) = cost, new, after
+    return pair
+
+# %% ../nbs/02_partition.ipynb #exchange
+def exchange(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch.Generator, rounds:int=3)->list[Float[Tensor, "d _"]]:
+    "Move directions between any two blocks, until nothing moves."
+    for _ in range(rounds):
+        before = list(parts)
+        for i, j in combinations(range(len(parts)), 2):
+            both, sizes = torch.cat([parts[i], parts[j]], 1), [parts[i].shape[1], parts[j].shape[1]]
+            pair = list(torch.eye(sum(sizes)).split(sizes, 1))
+            if (new := move_directions(site, site.x@both, pair, generator)) is not pair: parts[i], parts[j] = (both@o for o in new)
+        if all(a is b for a, b in zip(before, parts)): break
+    return parts
 
 # %% ../nbs/02_partition.ipynb #best-of-cuts
 def proposals(x:Float[Tensor, "row d"], C:Float[Tensor, "n d d"], generator:torch.Generator):
@@ -1044,13 +1145,18 @@ def proposals(x:Float[Tensor, "row d"], C:Float[Tensor, "n d d"], generator:torc
                 yield cut
 
 def best_pair(site:SiteRows, x:Float[Tensor, "row d"], C:Float[Tensor, "n d d"], generator:torch.Generator)->tuple|None: # Two bases, and what they share
-    "Purify proposed cuts: the first whose sides predict less than a quarter of each other, or the best within the limits, or none."
-    best = None
+    "Purify proposed cuts: the first whose sides predict less than a quarter of each other, or the best within the limits, none if six are far beyond; directions are moved in it, or in the two of least distance if there is none."
+    best, tried, nearest_limit = None, [], math.inf
     for cut in proposals(x, C, generator) if x.shape[1] > 1 else ():
-        pair = site.purify(x, [cut.a, cut.b], generator, pool=min(1024, len(x)//2), steps=100, lr=.005)
-        told = shared(x@pair[0], x@pair[1], generator)
-        if told.most < 1 and (best is None or told.prediction < best[1].prediction): best = pair, told
-        if best and best[1].prediction < .25: break
+        tried.append(site.purify(x, [cut.a, cut.b], generator))
+        told = shared(x@tried[-1][0], x@tried[-1][1], generator)
+        nearest_limit = min(nearest_limit, told.most)
+        if told.most < 1 and (best is None or told.prediction < best[1].prediction): best = tried[-1], told
+        if best and best[1].prediction < .25 or len(tried) == 6 and nearest_limit > 1.5: break
+    for pair in [best[0]] if best else sorted(tried, key=site.measure(x, site.pool(x, generator), generator))[:2]:
+        if (new := move_directions(site, x, pair, generator)) is pair: continue
+        told = shared(x@new[0], x@new[1], generator)
+        if told.most < 1 and (best is None or best[0] is pair): best = new, told
     return best
 
 # %% ../nbs/02_partition.ipynb #cut-down
@@ -1078,10 +1184,11 @@ def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch
     "Purify all blocks together, and join what shares more than the limits, until nothing does."
     while True:
         if len(parts) == 1: return parts, torch.ones(1, 1)
-        parts = site.purify(site.x, parts, generator, pool=min(2048, len(site.x)//2), steps=200, lr=.003)
+        parts = exchange(site, site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003), generator)
         blocks, sizes = [whiten(site.x@o) for o in parts], [o.shape[1] for o in parts]
         match = match_shares(blocks, generator)
-        told = exclusions([site.x@o for o in parts]), torch.maximum(match, match.T), information_shares(blocks, generator, 2000)
+        known = torch.tensor([[matched_information(a, b, generator) if a.shape[1] <= b.shape[1] else 0. for b in blocks] for a in blocks]).fill_diagonal_(0)
+        told = exclusions([site.x@o for o in parts]), torch.maximum(match, match.T), torch.maximum(information_shares(blocks, generator, 2000), torch.maximum(known, known.T))
         share = torch.stack([o/limit for o, limit in zip(told, LIMITS)]).amax(0).fill_diagonal_(-1)
         most = share.max(1)
         pairs = [(i, j) for i, (s, j) in enumerate(zip(most.values.tolist(), most.indices.tolist())) if s > 1 and sizes[i] <= sizes[j]]
@@ -1547,18 +1654,27 @@ def _verdict(fits, costs, subspaces):
 def merged_truth(
     bases:dict[str, Float[Tensor, "d_model k"]], # True subspaces of a site, `rest` among them or not
     h:Float[Tensor, "row d_model"], generator:torch.Generator, # Activations of the site
+    found:tuple[Float[Tensor, "d_model _"], ...]=(), # An answer, which decides between pairs that exclude each other equally, to .2
 )->dict[str, Float[Tensor, "d_model k"]]: # Names joined by `+`; directions that hold nothing left out
-    "Merge true subspaces of which one predicts at least half of another, or that exclude each other."
-    cov = torch.cov(h.T).double()
-    floor, held = noise_floor(torch.linalg.eigvalsh(cov)), {}
-    for k, b in bases.items():
-        e, u = torch.linalg.eigh(b.T.double()@cov@b.double())
-        if k != "rest" and e[-1] > floor: held[k] = b@u[:, e > floor].float()
-    names, rows = list(held), torch.randperm(len(h), generator=torch.Generator().manual_seed(0))
-    z, apart = [whiten(h@held[k])[rows] for k in names], exclusions([(h@held[k])[rows] for k in names])
-    pairs = [(i, j) for i, a in enumerate(z) for j, b in enumerate(z) if i != j and (apart[i, j] > LIMITS.exclusion or predicted_share(a, b, generator) > LIMITS.prediction)]
-    parts = [[names[i] for i in o] for o in joined(len(names), pairs)]
-    return {"+".join(o): torch.linalg.svd(torch.cat([held[k] for k in o], 1), full_matrices=False)[0] for o in parts}
+    "Merge the two true subspaces that share most, if that is over a limit, and ask again; those that only exclude each other last."
+    cov, rows = torch.cov(h.T).double(), torch.randperm(len(h), generator=torch.Generator().manual_seed(0))
+    floor, known = noise_floor(torch.linalg.eigvalsh(cov)), {}
+    def held(*parts):
+        b = torch.linalg.qr(torch.cat(parts, 1).double())[0]
+        e, u = torch.linalg.eigh(b.T@cov@b)
+        return (b@u[:, e > floor]).float()
+    parts = {k: o for k, b in bases.items() if k != "rest" and (o := held(b)).shape[1]}
+    while len(parts) > 1:
+        pairs, x = list(combinations(parts, 2)), {k: (h@o)[rows] for k, o in parts.items()}
+        known |= {o: shared(*(x[k] for k in o), generator, math.inf) for o in pairs if o not in known}
+        pair = max(pairs, key=lambda o: known[o]._replace(exclusion=0.).most)
+        if known[pair]._replace(exclusion=0.).most <= 1:
+            most = max(known[o].exclusion for o in pairs)
+            if most <= LIMITS.exclusion: break
+            equal = [o for o in pairs if known[o].exclusion > max(most - .2, LIMITS.exclusion)]
+            pair = max(equal, key=lambda o: max(match_overlap([held(*(parts[k] for k in o))], [b])[0] for b in found)) if found else max(equal, key=lambda o: known[o].exclusion)
+        parts = {k: o for k, o in parts.items() if k not in pair} | {"+".join(pair): held(*(parts[k] for k in pair))}
+    return parts
 
 # %% ../nbs/02_partition.ipynb #score-circuit
 def score_circuit(
@@ -1572,8 +1688,9 @@ def score_circuit(
     rows = batch_rows(known.model, known.task.sample(lists, generator=generator), names)
     for site in tqdm(names, desc=f"{family} {seed}"):
         h = rows[site][rows["position"] > 0]
-        truth, p = merged_truth(known.bases[site], h, generator), find_partition(h, site, seed)
+        p = find_partition(h, site, seed)
         found = [b for k, b in p.bases.items() if k != "rest"]
+        truth = merged_truth(known.bases[site], h, generator, tuple(found))
         overlap = match_overlap(list(truth.values()), found)
         angles = [min(math.degrees(subspace_angles(t.numpy(), b.numpy()).max()) for b in found) for t in truth.values()]
         out.append(dict(family=family, seed=seed, site=site, decoys=bool(decoys), found=len(found), true=list(truth), overlap=[round(o, 4) for o in overlap], angle=round(max(angles), 1),
