@@ -1219,9 +1219,10 @@ def find_partition(
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of what holds next to nothing
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
     checked, start = check_activations(h, site, 20), time.perf_counter()
-    h, generator, few = h.float(), torch.Generator().manual_seed(seed), checked["distinct"] <= h.shape[1]
+    h, generator = h.float(), torch.Generator().manual_seed(seed)
     for share in (.01, .1): # if nothing separates, small directions may be in the way
         rows = SiteRows(h, generator, share)
+        few = checked["distinct"] <= rows.x.shape[1] + 1 # the corners of a simplex
         if few: parts, cuts, between = [torch.eye(rows.x.shape[1])], [], torch.ones(1, 1); break
         if is_gaussian(whiten(rows.x), generator): parts, cuts, between = [], [], torch.zeros(0, 0); break
         with tqdm(desc=f"partition {site}", unit="block") as bar: parts, cuts = cut_down(rows, generator, bar)
@@ -1230,7 +1231,7 @@ def find_partition(
     order = sorted(range(len(parts)), key=lambda i: -(rows.x@parts[i]).square().sum().item())
     bases = {f"s{n}": rows.v@parts[i] for n, i in enumerate(order)}
     rest = complement(list(bases.values()), h.shape[1])
-    verdict = (f"not identified: {checked['distinct']} different rows in {h.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
+    verdict = (f"not identified: {checked['distinct']} different rows in {rows.x.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
                else "not separated: every cut leaves sides that share too much" if len(parts) == 1 else f"{len(parts)} subspaces")
     info = dict(method="closed form, ndm", seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
     p = Partition(bases | ({"rest": rest} if rest.shape[1] else {}), site, rows.mean, info)
