@@ -495,8 +495,8 @@ def qk_signs(
     x, y = (r[torch.randperm(len(r), generator=generator)[:rows]] for _ in range(2))
     q = torch.stack([torch.einsum("rd,hde->hre", x@o, L["Q"]) for o in P] + [L["bQ"][:, None].expand(-1, len(x), -1)], 1)
     k = torch.stack([torch.einsum("rd,hde->hre", y@o, L["K"]) for o in P], 1)
-    s = torch.einsum("haqe,hbke->habqk", q, k)
-    return (s - s.mean(-1, keepdim=True)).pow(3).mean((-1, -2)).sign().int()
+    scores = (torch.einsum("aqe,bke->abqk", *o) for o in zip(q, k)) # a head at a time: these are the largest arrays of all
+    return torch.stack([(s - s.mean(-1, keepdim=True)).pow(3).mean((-1, -2)).sign().int() for s in scores])
 
 # %% ../nbs/03_circuits.ipynb #edge
 def identity(edge:dict)->tuple: # component, type, a, b

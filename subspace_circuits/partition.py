@@ -1094,7 +1094,8 @@ def moves(
     "Move directions of either side to the other if that determines or excludes them."
     foreign, cuts, white = 0., [], [whiten(x@o) for o in pair]
     for a, b, z, y in ((*pair, *white), (*pair[::-1], *white[::-1])):
-        told, root = matched(z, generator, keys=4000), torch.linalg.lstsq((x@b)[:2000] - (x@b).mean(0), y[:2000]).solution
+        told, centred = matched(z, generator, keys=4000), x@b - (x@b).mean(0)
+        root = torch.linalg.solve(centred.T@centred, centred.T@y) # what whitens this side
         for limit, (shares, v) in zip(LIMITS, (excluded_directions(z, y), told_directions(y, told), told_spreads(y, told))):
             k = int((shares > limit).sum())
             foreign += k/len(shares)
