@@ -292,11 +292,12 @@ def test_command_serves_until_it_is_stopped(run):
 def test_command_replaces_an_index_of_another_partition(run, tmp_path):
     copy = tmp_path/"run"
     shutil.copytree(run, copy)
+    job = ("explore", copy, "--static", tmp_path/"page.html", "--queries", 1, "--overwrite")
+    assert subprocess.run(command(*job), capture_output=True).returncode == 0
     old = Partition.from_pretrained(copy/"partitions"/"x0.mid")
     Partition(dict(zip(old.names, old.basis.flip(1).split([20, 20, 24], 1))), old.site, old.mean).save_pretrained(copy/"partitions"/"x0.mid")
-    job = ("explore", copy, "--static", tmp_path/"page.html", "--queries", 1)
-    assert "x0.mid is an index of another partition: it was made from" in refused(*job)
-    assert subprocess.run(command(*job, "--overwrite"), capture_output=True).returncode == 0
+    assert "x0.mid is an index of another partition: it was made from" in refused(*job[:-1], "--static", tmp_path/"other.html")
+    assert subprocess.run(command(*job), capture_output=True).returncode == 0
 
 
 def test_benchmark(tmp_path):
