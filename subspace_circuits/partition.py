@@ -1069,7 +1069,9 @@ def told_directions(
     e, v = torch.linalg.eigh(apart.T@apart/(2*len(apart)))
     return 1 - e, v
 
-def told_spreads(y, matches): # As above
+def told_spreads(
+    y:Float[Tensor, "row m"], matches:tuple[Int[Tensor, "query"], Int[Tensor, "query"]], # As above
+)->tuple[Float[Tensor, "m"], Float[Tensor, "m m"]]: # As above
     "Find the directions of `y` whose squares a match determines most: eigenvectors of E[(E[yy' | x])²]."
     a, b = y[matches[0]], y[matches[1]]
     both = (a*(a*b).sum(1, keepdim=True)).T@b
@@ -1092,17 +1094,20 @@ def moves(
     generator:torch.Generator,
 )->tuple[float, list]: # Sum over the sides of the share that belongs to the other, and the cuts with that moved over
     "Move directions of either side to the other if that determines or excludes them."
-    foreign, cuts, white = 0., [], [whiten(x@o) for o in pair]
-    for a, b, z, y in ((*pair, *white), (*pair[::-1], *white[::-1])):
-        told, centred = matched(z, generator, keys=4000), x@b - (x@b).mean(0)
+    foreign, cuts, rows = 0., [], [x@o for o in pair]
+    white = [whiten(o) for o in rows]
+    for one, two in ((0, 1), (1, 0)):
+        told, y, centred = matched(white[one], generator, keys=4000), white[two], rows[two] - rows[two].mean(0)
         root = torch.linalg.solve(centred.T@centred, centred.T@y) # what whitens this side
-        for limit, (shares, v) in zip(LIMITS, (excluded_directions(z, y), told_directions(y, told), told_spreads(y, told))):
+        for limit, (shares, v) in zip(LIMITS, (excluded_directions(white[one], y), told_directions(y, told), told_spreads(y, told))):
             k = int((shares > limit).sum())
             foreign += k/len(shares)
+            if not 0 < k < len(shares): continue
             turn = torch.linalg.svd((root@v)[:, :k])[0]
-            if 0 < k < len(shares): cuts.append([torch.cat([a, b@turn[:, :k]], 1), b@turn[:, k:]])
+            cuts.append([torch.cat([pair[one], pair[two]@turn[:, :k]], 1), pair[two]@turn[:, k:]])
     return foreign, cuts
 
+# %% ../nbs/02_partition.ipynb #move-directions
 def move_directions(
     site:SiteRows, x:Float[Tensor, "row d"], pair:list[Float[Tensor, "d _"]], # As in `SiteRows.purify`
     generator:torch.Generator, rounds:int=4, least:float=.05, # Moves in a row, and the nats each has to gain
@@ -1674,7 +1679,7 @@ def merged_truth(
             most = max(known[o].exclusion for o in pairs)
             if most <= LIMITS.exclusion: break
             equal = [o for o in pairs if known[o].exclusion > max(most - .2, LIMITS.exclusion)]
-            pair = max(equal, key=lambda o: max(match_overlap([held(*(parts[k] for k in o))], [b])[0] for b in found)) if found else max(equal, key=lambda o: known[o].exclusion)
+            pair = max(equal, key=lambda o: match_overlap([held(*(parts[k] for k in o))], found)[0] if found else known[o].exclusion)
         parts = {k: o for k, o in parts.items() if k not in pair} | {"+".join(pair): held(*(parts[k] for k in pair))}
     return parts
 
