@@ -9,11 +9,12 @@ __all__ = ['NORMS', 'ACTIVATIONS', 'MODES', 'BUDGETS', 'check_architecture', 're
            'HeadNull', 'neuron_energy', 'permuted', 'qk_signs', 'identity', 'embed_edges', 'unembed_edges',
            'attention_edges', 'mlp_edges', 'score_edges', 'average_precision', 'false_discoveries', 'living',
            'budget_cost', 'keep_edges', 'skip_shares', 'links', 'trim', 'KeepOnly', 'divergence', 'Judge', 'prune',
-           'repair', 'find_circuit', 'faithfulness', 'completeness', 'jaccard', 'stability', 'compositions', 'paths',
+           'challenge', 'find_circuit', 'faithfulness', 'completeness', 'jaccard', 'stability', 'compositions', 'paths',
            'certificate', 'to_graph']
 
 # %% ../nbs/03_circuits.ipynb #imports
 import copy, math
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 
@@ -789,13 +790,12 @@ class KeepOnly(_Kept):
         heads = [f"L{i}H{h}" for i in range(c.n_layers) for h in range(c.n_heads)]
         self.parts = {o: self._compile(o) for o in ["embed", "position", *heads, *(f"MLP{i}" for i in range(len(self.w.mlps))), "unembed"]}
 
-    def changed(self, less:list[dict]=(), more:list[dict]=())->"KeepOnly":
-        "The same model without some edges, or with some more; only their components are compiled again."
+    def without(self, edges:list[dict])->"KeepOnly":
+        "The same model without some edges; only their components are compiled again."
         new = copy.copy(self)
         new.edges, new.parts = dict(self.edges), dict(self.parts)
-        for o in less: new.edges[o["component"]] = new.edges[o["component"]] - {identity(o)[1:]}
-        for o in more: new.edges[o["component"]] = new.edges.get(o["component"], set()) | {identity(o)[1:]}
-        for c in {o["component"] for o in [*less, *more]}: new.parts[c] = new._compile(c)
+        for o in edges: new.edges[o["component"]] = new.edges[o["component"]] - {identity(o)[1:]}
+        for c in {o["component"] for o in edges}: new.parts[c] = new._compile(c)
         return new
 
     def streams(self, x, positions, start=0):
@@ -824,7 +824,7 @@ def divergence(
 
 # %% ../nbs/03_circuits.ipynb #judge
 class Judge:
-    "Compares models with a model on some of its answers: what the right answer loses (`loss`, of the one that loses most), and the mean KL divergence."
+    "Compares models with a model on some of its answers: what the right answer loses that loses most (a call), the mean KL divergence, the share of right answers."
     @torch.no_grad()
     def __init__(self, model:nn.Module, task:Task, answers:int=400, seed:int=1, # About how many answers
                  lengths:tuple[int,int]|None=None):
@@ -834,23 +834,43 @@ class Judge:
         first = torch.arange(len(batch.tokens))[:, None] % 2 == 0 # every other sequence begins at position 0
         self.batch = batch._replace(positions=batch.positions - first*batch.positions[:, :1])
         self.right = self.batch.targets[self.batch.scored]
-        self.want = model(self.batch.tokens, position_ids=self.batch.positions)[self.batch.scored].log_softmax(-1)
+        self.want = self._answers(model)
+
+    def _answers(self, model, n=64): # Log-probabilities, n sequences at once
+        parts = zip(*(o.split(n) for o in (self.batch.tokens, self.batch.positions, self.batch.scored)))
+        return torch.cat([model(t, position_ids=p)[at].log_softmax(-1) for t, p, at in parts])
+
+    def only(self, rows)->"Judge":
+        "The same answers, of some sequences."
+        new, rows = copy.copy(self), torch.tensor(sorted(rows))
+        new.batch = self.batch._replace(known={}, **{k: v[rows] for k, v in self.batch._asdict().items() if isinstance(v, Tensor)})
+        new.right, new.want = new.batch.targets[new.batch.scored], self.want[torch.isin(self.batch.scored.nonzero()[:, 0], rows)]
+        return new
 
     def of(self, logits)->tuple[float, float]: # Largest loss of a right answer, mean divergence; nats
         p = logits[self.batch.scored].log_softmax(-1)
         lost = (self.want - p).gather(1, self.right[:, None]).max().item()
         return max(0., lost), F.kl_div(p, self.want, log_target=True, reduction="batchmean").item()
 
-    def __call__(self, keep)->float: return self.of(keep(self.batch.tokens, position_ids=self.batch.positions))[0]
+    def each(self, keep, how="amax")->Float[Tensor, "batch"]: # Largest loss of a right answer of each sequence, or their "sum"
+        lost = (self.want - self._answers(keep)).gather(1, self.right[:, None])[:, 0]
+        return torch.zeros(len(self.batch.tokens)).scatter_reduce(0, self.batch.scored.nonzero()[:, 0], lost, how)
+
+    def kept(self, keep, price:float)->list[int]: return (self.each(keep) < price).nonzero()[:, 0].tolist()
+    def wrong(self, keep)->list[int]: # Sequences with an answer that is right of the model and wrong of this
+        was, now = (o.argmax(-1) == self.right for o in (self.want, self._answers(keep)))
+        return self.batch.scored.nonzero()[:, 0][was & ~now].unique().tolist()
+    def __call__(self, keep)->float: return self.each(keep).max().item()
+    def share_right(self, keep)->float: return (self._answers(keep).argmax(-1) == self.right).float().mean().item()
     def mean(self, keep)->float: return self.of(keep(self.batch.tokens, position_ids=self.batch.positions))[1]
 
     @torch.no_grad()
-    def singles(self, keep:KeepOnly, edges:list[dict], add:bool=False)->list[float]:
-        "The largest loss without each edge alone, or with it added; what comes before an edge is run once."
+    def singles(self, keep:KeepOnly, edges:list[dict])->list[float]:
+        "The largest loss without each edge alone; what comes before an edge is run once."
         b, found, last = self.batch, [], 2*keep.w.cfg.n_layers
         before = keep.streams(keep.embed(b.tokens, b.positions), b.positions)
         for o in edges:
-            new, at = keep.changed(more=[o]) if add else keep.changed([o]), o["layer"]
+            new, at = keep.without([o]), o["layer"]
             half = last if o["type"] == "unembed" else -1 if at is None else 2*at + (o["type"] == "MLP")
             x = before[max(half, 0)] if half >= 0 else new.embed(b.tokens, b.positions)
             found.append(self.of(new.unembed(new.streams(x, b.positions, max(half, 0))[last]))[0])
@@ -859,33 +879,33 @@ class Judge:
 # %% ../nbs/03_circuits.ipynb #prune
 def prune(
     judge:Judge, keep:KeepOnly, edges:list[dict], # A keep-only model and its edges
-    price:float=.02, # Nats that an edge has to save the right answer that loses most
-)->tuple[KeepOnly, list[dict], list[tuple]]: # What is left; for each round what was dropped, and the divergence after it
-    "Drop edges that are not worth their price, the cheapest first and half of them fewer until they may go together."
-    now, rounds = judge(keep), []
-    while edges:
-        singles = judge.singles(keep, edges)
-        spare = [o for s, _, o in sorted(zip(singles, range(len(edges)), edges)) if s - now < price]
-        while spare and judge(keep.changed(spare)) - now >= price*len(spare): spare = spare[:len(spare)//2]
-        if not spare: break
-        keep, gone = keep.changed(spare), {identity(o) for o in spare}
-        now, edges = judge(keep), [o for o in edges if identity(o) not in gone]
-        rounds.append((spare, now))
-    return keep, edges, rounds
+    price:float=.1, # Nats that no right answer may lose
+)->tuple[KeepOnly, list[dict], list[tuple[list[dict], float]]]: # What is left; what was dropped in each pass, and the largest loss after it
+    "Drop edges until every one is needed, those first that are small and that nothing misses when they alone are gone."
+    passes, gone = [], True
+    while gone:
+        gone, alone = [], {identity(o): lost for o, lost in zip(edges, judge.singles(keep, edges))}
+        for o in sorted(edges, key=lambda o: (budget_cost(o)*alone[identity(o)], budget_cost(o))):
+            less = keep.without([o])
+            if judge(less) < price: keep, gone = less, [*gone, o]
+        edges = [o for o in edges if o not in gone]
+        if gone: passes.append((gone, judge(keep)))
+    return keep, edges, passes
 
-def repair(
-    judge:Judge, keep:KeepOnly, edges:list[dict], dropped:list[dict], # On other answers than those it was pruned on
-    price:float=.02, # As in `prune`
-)->tuple[KeepOnly, list[dict]]:
-    "Take back what other answers turn out to need, the most useful first."
-    now = judge(keep)
-    while dropped and now >= price:
-        singles = judge.singles(keep, dropped, add=True)
-        best = min(range(len(dropped)), key=singles.__getitem__)
-        if now - singles[best] < price: break
-        keep, now, edges = keep.changed(more=[dropped[best]]), singles[best], [*edges, dropped[best]]
-        dropped = dropped[:best] + dropped[best + 1:]
-    return keep, edges
+# %% ../nbs/03_circuits.ipynb #challenge
+def challenge(
+    pool:Judge, few:set[int], keep:KeepOnly, edges:list[dict], # Many sequences, those to choose on first; a keep-only model and its edges
+    price:float=.1, worst:int=16, rounds:int=10, # As in `prune`; counterexamples of each round, and rounds at most
+)->tuple[KeepOnly, list[dict], list[tuple], set[int]]: # As from `prune`; the sequences it was chosen on
+    "Drop edges, look for sequences that then go wrong, and choose again with those, until none does."
+    asked = set(few)
+    for _ in range(rounds if edges else 1):
+        kept, left, passes = prune(pool.only(asked), keep, edges, price)
+        wrong = set(pool.wrong(kept)) - asked
+        if not wrong: break
+        lost = pool.each(kept)
+        asked |= set(sorted(wrong, key=lambda o: -lost[o])[:worst])
+    return kept, left, passes, asked
 
 # %% ../nbs/03_circuits.ipynb #curve
 class _Curve(list):
@@ -900,12 +920,14 @@ class _Curve(list):
         (worst, kl), wrong = self.held.of(logits), (logits.argmax(-1) != b.targets) & b.scored
         self.append(dict(stage=stage, epsilon=epsilon, n_edges=len(edges), kl=kl, worst=worst, accuracy=1 - wrong.any(1).float().mean().item()))
 
-def _order(edges, start, rounds, need):
+    def finish(self, ranked):
+        self.note("circuit", ranked)
+        for n in range(len(ranked) - 1, -1, -1): self.note("beyond", ranked[:n])
+
+def _order(edges, start, passes, ranked):
     "All edges from the most needed to the first dropped, those that were never tried last."
-    by, cost = {identity(o): o for o in edges}, lambda o: -budget_cost(o)
-    first = [by[k] for k in sorted(need, key=need.get, reverse=True)]
-    first += [by[identity(o)] for spare, _ in reversed(rounds) for o in reversed(spare)]
-    seen = {}
+    by, seen, cost = {identity(o): o for o in edges}, {}, lambda o: -budget_cost(o)
+    first = [by[identity(o)] for o in [*ranked, *(o for gone, _ in reversed(passes) for o in reversed(gone))]]
     for o in [*first, *sorted(start, key=cost), *sorted(edges, key=cost)]: seen.setdefault(identity(o), o)
     return list(seen.values())
 
@@ -914,33 +936,33 @@ BUDGETS = (0., 1e-4, 1e-3, 1e-2, .1, 1.) # Nats
 # %% ../nbs/03_circuits.ipynb #find-circuit
 def find_circuit(
     model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], # By site
-    price:float=.02, # Nats that an edge has to save the right answer that loses most
-    answers:int=400, # To choose on; twice as many others to check on
+    price:float=.1, # Nats that no right answer may lose
+    answers:int=400, # To choose on at first; forty times as many are asked for counterexamples, twice as many others measured for the curve
     mode:str="zero", seed:int=0, # What stands for what is not kept; of sequences and null draws
 )->tuple[list[dict], dict]: # The kept edges, each with its `necessity`; candidates from the most needed on, curve, choice
     "Find the edges that a model's answers need: significant components, an error budget, paths to the logits, then removal one by one."
-    edges, partitions, seeds = score_edges(model, moments, partitions, seed=seed), check_partitions(model, partitions), (seed + 1, seed + 2)
-    alive, joined = living(edges), links(moments, partitions)
-    judge, held = (Judge(model, task, n, s) for n, s in zip((answers, 2*answers), seeds))
-    run = lambda kept: KeepOnly(model, moments, partitions, kept, mode)
-    curve, able = _Curve(held, run), [o for o in edges if alive and (o["p"] is None or o["component"] in alive)]
-    tried = {e: trim(keep_edges(able, e), joined) for e in BUDGETS}
+    edges, partitions = score_edges(model, moments, partitions, seed=seed), check_partitions(model, partitions)
+    alive, joined, run = living(edges), links(moments, partitions), lambda kept: KeepOnly(model, moments, partitions, kept, mode)
+    drawn, curve = Judge(model, task, 40*answers, seed + 1), _Curve(Judge(model, task, 2*answers, seed + 2), run)
+    living_edges = [o for o in edges if alive and (o["p"] is None or o["component"] in alive)]
+    tried = {e: trim(keep_edges(living_edges, e), joined) for e in BUDGETS}
     for e, kept in tried.items(): curve.note("budget", kept, e)
-    epsilon = max((e for e, kept in tried.items() if judge(run(kept)) < price), default=0.)
-    left = start = tried[epsilon]
-    keep, kept, rounds = prune(judge, run(start), start, price)
-    for spare, _ in rounds: curve.note("removal", left := [o for o in left if identity(o) not in set(map(identity, spare))])
-    mine = set(map(identity, kept))
-    keep, kept = repair(held, keep, kept, [o for o in start if identity(o) not in mine], price)
+    worth = drawn.each(run([]), "sum") > 0 # the model answers better than nothing would
+    able = [o for o in drawn.kept(run(tried[0.]), price) if worth[o]]
+    pool, asked = drawn.only(able or [0]), len(drawn.batch.tokens)
+    judge = pool.only(range(math.ceil(len(pool.batch.tokens)/40)))
+    epsilon = next((e for e in reversed(BUDGETS) for keep in [run(tried[e])] if judge(keep) < price and not pool.wrong(keep)), 0.)
+    left = start = tried[epsilon] if len(able) > asked/2 else []
+    pool = pool.only(pool.kept(run(start), price) or [0])
+    few = set(range(math.ceil(len(pool.batch.tokens)/40)))
+    _, kept, passes, chosen_on = challenge(pool, few, run(start), start, price)
+    for gone, _ in passes: curve.note("removal", left := [o for o in left if o not in gone])
     kept = trim(kept, joined)
-    keep = run(kept)
-    lost = [[s - now for s in j.singles(keep, kept)] for j in (judge, held) for now in [j(keep)]]
-    need = {identity(o): max(v) for o, *v in zip(kept, *lost)} # on either sample
-    kept = [o | dict(necessity=need[identity(o)]) for o in kept]
-    curve.note("circuit", kept)
-    ranked, chosen = sorted(kept, key=lambda o: -o["necessity"]), len(curve) - 1
-    for n in range(len(kept) - 1, -1, -1): curve.note("beyond", ranked[:n])
-    return kept, dict(candidates=_order(edges, start, rounds, need), alive=sorted(alive), curve=list(curve), chosen=chosen, epsilon=epsilon, price=price, mode=mode)
+    kept = [o | dict(necessity=lost) for o, lost in zip(kept, pool.only(chosen_on).singles(run(kept), kept))]
+    ranked, chosen = sorted(kept, key=lambda o: -o["necessity"]), len(curve)
+    curve.finish(ranked)
+    return kept, dict(candidates=_order(edges, start, passes, ranked), alive=sorted(alive), curve=list(curve), chosen=chosen, epsilon=epsilon, price=price, mode=mode,
+                      asked=asked, able=len(able), wrong=len(drawn.wrong(run(kept))))
 
 # %% ../nbs/03_circuits.ipynb #faithfulness
 def faithfulness(
@@ -956,12 +978,13 @@ def faithfulness(
 
 # %% ../nbs/03_circuits.ipynb #completeness
 def completeness(
-    judge:Judge, model:nn.Module, moments:Moments, partitions:dict[str, Partition], edges:list[dict], candidates:list[dict], # The circuit, all edges
-    mode:str="zero",
-)->dict[tuple, tuple[float, float]]: # Edge to the divergence of the circuit without it, and of the whole model without it
-    "Remove each edge of a circuit from the circuit and from the whole model: a complete circuit suffers as much."
+    measure:Callable, # Of a keep-only model, such as `mean` or `share_right` of a `Judge`
+    model:nn.Module, moments:Moments, partitions:dict[str, Partition], edges:list[dict], candidates:list[dict], # The circuit, all edges
+    removed:list[list[dict]], mode:str="zero", # Sets of edges of the circuit
+)->list[tuple[float, float]]: # What is measured of the circuit without each set, and of the whole model without it
+    "Remove edges of a circuit from the circuit and from the whole model: a complete circuit suffers as much (Wang et al. 2022)."
     circuit, whole = (KeepOnly(model, moments, partitions, o, mode) for o in (edges, candidates))
-    return {identity(o): (judge.mean(circuit.changed([o])), judge.mean(whole.changed([o]))) for o in edges}
+    return [(measure(circuit.without(o)), measure(whole.without(o))) for o in removed]
 
 # %% ../nbs/03_circuits.ipynb #stability
 def jaccard(one:list[dict], two:list[dict])->float:

@@ -35,7 +35,7 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], model.cfg.n_layers, seed) for o in sites}
     with clock("circuit"):
         moments = Moments(model, task, seed=seed)
-        edges, found = find_circuit(model, task, moments, partitions, answers=800, seed=seed)
+        edges, found = find_circuit(model, task, moments, partitions, seed=seed)
         graph = add_examples(to_graph(model, moments, partitions, edges), model, task, partitions, seed=seed)
     with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, lengths)
     control = json.loads((out/"control.json").read_text())
