@@ -134,7 +134,7 @@ def to_graphml(
     nx.write_graphml(flat, file, encoding="utf-8")
 
 # %% ../nbs/03b_circuit_graph.ipynb #places
-_WIDE = dict(input=94, subspace=108, match=208, mlp=66, output=74)
+_WIDE = dict(input=94, subspace=108, match=208, mlp=92, output=74)
 _GAP, _ROW, _DENSE, _HEAD, _LINE, _STREAM = 24, 38, 24, 24, 25, 190
 
 def site_depth(site:str)->float:
@@ -268,6 +268,7 @@ def layout(
         spare = room - (20 if o["kind"] in ("match", "moves") else 8)
         if not o["tall"] and letter*(len(o["label"]) + .85*len(o["sub"])) + 14 > spare: o["sub"] = ""
         o["label"] = _fit(o["label"], spare, letter)
+        if o["kind"] == "mlp": o["sub"] = _fit(o["sub"], spare, .85*letter)
     sites = sorted({o["site"] for o in boxes.values() if o["kind"] == "subspace"}, key=site_depth)
     labels = [dict(x=xs[site_depth(o)] + _WIDE["subspace"]/2, text=short_site(o), site=o) for o in sites]
     bottom, top = max([_STREAM] + [o["y"] + o["h"] for o in boxes.values()]), min([0] + [o["y"] for o in panels + list(boxes.values())])
