@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .activations import fingerprint
 from .partition import Partition
@@ -899,13 +900,12 @@ def challenge(
 )->tuple[KeepOnly, list[dict], list[tuple], set[int]]: # As from `prune`; the sequences it was chosen on
     "Drop edges, look for sequences that then go wrong, and choose again with those, until none does."
     asked = set(few)
-    for _ in range(rounds if edges else 1):
+    for n in tqdm(range(rounds), desc="choosing edges", leave=False):
         kept, left, passes = prune(pool.only(asked), keep, edges, price)
         wrong = set(pool.wrong(kept)) - asked
-        if not wrong: break
+        if not wrong or not edges or n == rounds - 1: return kept, left, passes, asked
         lost = pool.each(kept)
         asked |= set(sorted(wrong, key=lambda o: -lost[o])[:worst])
-    return kept, left, passes, asked
 
 # %% ../nbs/03_circuits.ipynb #curve
 class _Curve(list):
@@ -933,6 +933,16 @@ def _order(edges, start, passes, ranked):
 
 BUDGETS = (0., 1e-4, 1e-3, 1e-2, .1, 1.) # Nats
 
+def _start(drawn, run, tried, price):
+    "The largest budget whose edges go wrong nowhere, those edges, the sequences to choose on, and how many were able; no edges if most were not."
+    worth = drawn.each(run([]), "sum") > 0 # the model answers better than nothing would
+    able = [o for o in drawn.kept(run(tried[0.]), price) if worth[o]]
+    pool = drawn.only(able or [0])
+    few = pool.only(range(math.ceil(len(pool.batch.tokens)/40)))
+    epsilon = next((e for e in reversed(BUDGETS) for keep in [run(tried[e])] if few(keep) < price and not pool.wrong(keep)), 0.)
+    start = tried[epsilon] if len(able) > len(worth)/2 else []
+    return epsilon, start, pool.only(pool.kept(run(start), price) or [0]), len(able)
+
 # %% ../nbs/03_circuits.ipynb #find-circuit
 def find_circuit(
     model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], # By site
@@ -944,17 +954,10 @@ def find_circuit(
     edges, partitions = score_edges(model, moments, partitions, seed=seed), check_partitions(model, partitions)
     alive, joined, run = living(edges), links(moments, partitions), lambda kept: KeepOnly(model, moments, partitions, kept, mode)
     drawn, curve = Judge(model, task, 40*answers, seed + 1), _Curve(Judge(model, task, 2*answers, seed + 2), run)
-    living_edges = [o for o in edges if alive and (o["p"] is None or o["component"] in alive)]
-    tried = {e: trim(keep_edges(living_edges, e), joined) for e in BUDGETS}
+    tried = {e: trim(keep_edges([o for o in edges if alive and (o["p"] is None or o["component"] in alive)], e), joined) for e in BUDGETS}
     for e, kept in tried.items(): curve.note("budget", kept, e)
-    worth = drawn.each(run([]), "sum") > 0 # the model answers better than nothing would
-    able = [o for o in drawn.kept(run(tried[0.]), price) if worth[o]]
-    pool, asked = drawn.only(able or [0]), len(drawn.batch.tokens)
-    judge = pool.only(range(math.ceil(len(pool.batch.tokens)/40)))
-    epsilon = next((e for e in reversed(BUDGETS) for keep in [run(tried[e])] if judge(keep) < price and not pool.wrong(keep)), 0.)
-    left = start = tried[epsilon] if len(able) > asked/2 else []
-    pool = pool.only(pool.kept(run(start), price) or [0])
-    few = set(range(math.ceil(len(pool.batch.tokens)/40)))
+    epsilon, left, pool, able = _start(drawn, run, tried, price)
+    start, few = left, set(range(math.ceil(len(pool.batch.tokens)/40)))
     _, kept, passes, chosen_on = challenge(pool, few, run(start), start, price)
     for gone, _ in passes: curve.note("removal", left := [o for o in left if o not in gone])
     kept = trim(kept, joined)
@@ -962,7 +965,7 @@ def find_circuit(
     ranked, chosen = sorted(kept, key=lambda o: -o["necessity"]), len(curve)
     curve.finish(ranked)
     return kept, dict(candidates=_order(edges, start, passes, ranked), alive=sorted(alive), curve=list(curve), chosen=chosen, epsilon=epsilon, price=price, mode=mode,
-                      asked=asked, able=len(able), wrong=len(drawn.wrong(run(kept))))
+                      asked=len(drawn.batch.tokens), able=able, wrong=len(drawn.wrong(run(kept))))
 
 # %% ../nbs/03_circuits.ipynb #faithfulness
 def faithfulness(
