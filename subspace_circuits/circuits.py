@@ -881,7 +881,7 @@ class Judge:
 def prune(
     judge:Judge, keep:KeepOnly, edges:list[dict], # A keep-only model and its edges
     price:float=.1, # Nats that no right answer may lose
-)->tuple[KeepOnly, list[dict], list[tuple[list[dict], float]]]: # What is left; what was dropped in each pass, and the largest loss after it
+)->tuple[KeepOnly, list[dict], list[list[dict]]]: # What is left; what was dropped in each pass
     "Drop edges until every one is needed, those first that are small and that nothing misses when they alone are gone."
     passes, gone = [], True
     while gone:
@@ -890,14 +890,14 @@ def prune(
             less = keep.without([o])
             if judge(less) < price: keep, gone = less, [*gone, o]
         edges = [o for o in edges if o not in gone]
-        if gone: passes.append((gone, judge(keep)))
+        if gone: passes.append(gone)
     return keep, edges, passes
 
 # %% ../nbs/03_circuits.ipynb #challenge
 def challenge(
     pool:Judge, few:set[int], keep:KeepOnly, edges:list[dict], # Many sequences, those to choose on first; a keep-only model and its edges
     price:float=.1, worst:int=16, rounds:int=10, # As in `prune`; counterexamples of each round, and rounds at most
-)->tuple[KeepOnly, list[dict], list[tuple], set[int]]: # As from `prune`; the sequences it was chosen on
+)->tuple[KeepOnly, list[dict], list[list[dict]], set[int]]: # As from `prune`; the sequences it was chosen on
     "Drop edges, look for sequences that then go wrong, and choose again with those, until none does."
     asked = set(few)
     for n in tqdm(range(rounds), desc="choosing edges", leave=False):
@@ -927,7 +927,7 @@ class _Curve(list):
 def _order(edges, start, passes, ranked):
     "All edges from the most needed to the first dropped, those that were never tried last."
     by, seen, cost = {identity(o): o for o in edges}, {}, lambda o: -budget_cost(o)
-    first = [by[identity(o)] for o in [*ranked, *(o for gone, _ in reversed(passes) for o in reversed(gone))]]
+    first = [by[identity(o)] for o in [*ranked, *(o for gone in reversed(passes) for o in reversed(gone))]]
     for o in [*first, *sorted(start, key=cost), *sorted(edges, key=cost)]: seen.setdefault(identity(o), o)
     return list(seen.values())
 
@@ -959,7 +959,7 @@ def find_circuit(
     epsilon, left, pool, able = _start(drawn, run, tried, price)
     start, few = left, set(range(math.ceil(len(pool.batch.tokens)/40)))
     _, kept, passes, chosen_on = challenge(pool, few, run(start), start, price)
-    for gone, _ in passes: curve.note("removal", left := [o for o in left if o not in gone])
+    for gone in passes: curve.note("removal", left := [o for o in left if o not in gone])
     kept = trim(kept, joined)
     kept = [o | dict(necessity=lost) for o, lost in zip(kept, pool.only(chosen_on).singles(run(kept), kept))]
     ranked, chosen = sorted(kept, key=lambda o: -o["necessity"]), len(curve)
