@@ -116,11 +116,11 @@ def read_circuit(
 
 # %% ../nbs/03b_circuit_graph.ipynb #graphml
 def _flat(o, before=""):
-    "Attributes without a nested one: lists as text, dictionaries by dotted names, nothing for None."
+    "Attributes without a nested one: lists as text, dictionaries by dotted names, nothing for None and for curves."
     out = {}
     for k, v in o.items():
         if isinstance(v, dict): out |= _flat(v, f"{before}{k}.")
-        elif v is not None: out[before + k] = "; ".join(map(str, v)) if isinstance(v, list | tuple) else v
+        elif v is not None and k != "curve": out[before + k] = "; ".join(map(str, v)) if isinstance(v, list | tuple) else v
     return out
 
 def to_graphml(
@@ -449,8 +449,8 @@ def write_circuit(
             if G.graph.get(k) != v: raise ValueError(f"{out} holds a circuit with {k} {G.graph.get(k)!r}, not {v!r}: name another file, or pass --overwrite")
     if G is None:
         moments = Moments(model, task, seed=seed)
-        edges, _ = find_circuit(model, task, moments, cuts, answers=answers, seed=seed)
-        G = add_examples(to_graph(model, moments, cuts, edges), model, task, cuts, seed=seed)
+        edges, choice = find_circuit(model, task, moments, cuts, answers=answers, seed=seed)
+        G = add_examples(to_graph(model, moments, cuts, edges, choice), model, task, cuts, seed=seed)
         G.graph.update(job)
     write_figure(circuit_figure(G, explorer, static), out.with_suffix(".html"), f"Circuit of {source}")
     to_graphml(G, out.with_suffix(".graphml"))

@@ -1069,10 +1069,12 @@ def certificate(
 # %% ../nbs/03_circuits.ipynb #to-graph
 def to_graph(
     model:nn.Module, moments:Moments, partitions:dict[str, Partition], edges:list[dict], # The kept edges
+    choice:dict|None=None, # What `find_circuit` says of it
     least:float=.1, # Smallest share of variance that is drawn as staying in the stream
-)->nx.MultiDiGraph: # Its `graph` says of which model and partitions
+)->nx.MultiDiGraph: # Its `graph` says of which model and partitions, and how it was chosen
     "Draw up the graph of a circuit."
     about = dict(model=fingerprint(model), partitions={s: p.fingerprint[:16] for s, p in partitions.items()}, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
+    if choice: about["choice"] = {k: v for k, v in choice.items() if k != "candidates"}
     G, partitions, reads = nx.MultiDiGraph(**about), check_partitions(model, partitions), {o["site_a"] for o in edges if o["a"] == "bias"}
     for site, p in partitions.items():
         for name, d in (p.sizes | ({"bias": 1} if site in reads else {})).items(): G.add_node(f"{site}/{name}", kind="subspace", site=site, name=name, d=d)

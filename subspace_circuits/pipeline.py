@@ -36,7 +36,7 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     with clock("circuit"):
         moments = Moments(model, task, seed=seed)
         edges, found = find_circuit(model, task, moments, partitions, seed=seed)
-        graph = add_examples(to_graph(model, moments, partitions, edges), model, task, partitions, seed=seed)
+        graph = add_examples(to_graph(model, moments, partitions, edges, found), model, task, partitions, seed=seed)
     with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, lengths)
     control = json.loads((out/"control.json").read_text())
     _write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()})
@@ -181,7 +181,7 @@ def summary(edges: list, found: dict) -> dict:
     "Counts, curve and choice of a circuit."
     curve = [o for o in found["curve"] if o["stage"] != "budget" or o["epsilon"] in (0, found["epsilon"])]
     return dict(n_edges=len(edges), n_candidates=len(found["candidates"]), n_significant=significant(found["candidates"]), curve=curve,
-                chosen=[o["stage"] for o in curve].index("circuit"), budget=dict(epsilon=found["epsilon"], price=found["price"]))
+                chosen=[o["stage"] for o in curve].index("circuit"), budget={k: found[k] for k in ("epsilon", "price", "significant", "asked", "able", "wrong")})
 
 
 def example(model, task, seed: int) -> dict:

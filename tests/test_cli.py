@@ -2,6 +2,7 @@
 import json, shutil, subprocess, sys
 
 import pytest
+import torch
 
 
 def call(*args):
@@ -144,17 +145,23 @@ def test_circuit_and_diff(tmp_path):
     from subspace_circuits.circuit_benchmark import planted_partitions
     from subspace_circuits.circuit_graph import read_circuit
     from subspace_circuits.known_circuits import plant
+    from subspace_circuits.partition import Partition
     known, cut, out = plant("induction"), tmp_path/"partitions", tmp_path/"circuit.json"
     for i, p in enumerate(planted_partitions(known).values()): p.save_pretrained(cut/str(i))
     job = ("circuit", "planted-induction", "--partitions", cut, "--out", out)
     code, printed, error = call(*job)
     assert code == 0 and "L1H0       QK       token ⋈ previous" in printed, error
     graph = read_circuit(out)
+    assert graph.graph["choice"]["significant"] and "sequences could be asked, 0 of all go wrong\n" in printed
     kept = {(o["component"], o["type"]) for *_, o in graph.edges(data=True) if o["type"] in ("Q", "K", "OV")}
     assert kept == {(o["component"], t) for o in known.edges for t in (("Q", "K") if o["type"] == "QK" else ("OV",))}
     assert {o.name for o in tmp_path.iterdir()} == {"partitions", "circuit.json", "circuit.graphml", "circuit.html"}
     code, printed, error = call("diff", out, out, "--out", tmp_path/"diff.html")
     assert code == 0 and printed.splitlines() == ["7 of 7 edges are the same"] and (tmp_path/"diff.html").exists(), error
+    shutil.rmtree(cut/"1")
+    Partition({"all": torch.eye(known.model.cfg.d_model)}, "blocks.0.hook_resid_post").save_pretrained(cut/"1")
+    code, printed, error = call(*job[:-1], tmp_path/"coarse.json")
+    assert code == 0 and "L1H0       QK       all ⋈ all" in printed and "significant components alone do not do the task" in printed, error
     shutil.rmtree(cut/"1")
     assert "no partition of blocks.0.hook_resid_post" in refused(*job[:-1], tmp_path/"other.json") and not list(tmp_path.glob("other*"))
 
