@@ -200,7 +200,7 @@ def circuit(model: Annotated[str, typer.Argument(help="A bundled model, planted-
     rows, choice = [o for o in edge_rows(G) if o["type"] != "skip"], G.graph["choice"]
     for o in rows: print(f"{o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {score_words(o)}" + (f", necessity {o['necessity']:.3g} nats" if o.get("necessity") is not None else ""))
     print(f"{choice['able']} of {choice['asked']} sequences could be asked, {choice['wrong']} of all go wrong"
-          + ("" if choice["significant"] else "; significant components alone do not do the task: every edge was a candidate"))
+          + ("" if choice["significant"] else "; significant components alone do not do the task: every edge was a candidate" if choice["alive"] else "; no component is significant"))
     print(f"{len(rows)} edges: {out}, {out.with_suffix('.graphml').name}, {out.with_suffix('.html').name}")
 
 
