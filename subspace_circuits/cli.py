@@ -107,7 +107,7 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
 
 @benchmark.command("circuits")
 def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of each planted family, and random models of each kind.")] = 3,
-                       learned: Annotated[bool, typer.Option(help="Learn subspaces too: a minute for each model.")] = True,
+                       learned: Annotated[bool, typer.Option(help="Learn subspaces too: minutes for each model.")] = True,
                        quick: Annotated[bool, typer.Option("--quick", help="One seed of two families, true subspaces: a check that it runs.")] = False,
                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
     "Every method on every planted circuit, from true and from learned subspaces, and on random models; each figure beside its bar."
