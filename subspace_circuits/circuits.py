@@ -452,20 +452,20 @@ def neuron_energy(
 )->Float[Tensor, "... a c"]:
     "Compute the share of the energy that single neurons carry from each subspace to each, as they are or rotated."
     w, site = m.weights, write_site(layer)
-    L, rows, roots = w.mlps[layer], m.rows[site][:64].to(w.dtype), []
+    L, rows, roots = w.mlps[layer], m.rows[site][:64].float(), [] # single precision: sums of squares, many times over
     size = slopes(w, L, m.rows[site]).square().mean(0)*(o := neurons(L))[0].square().sum(0)*o[1].square().sum(1)
     top = size.view(-1, w.cfg.d_mlp).sum(0).topk(min(NEURONS, w.cfg.d_mlp)).indices
-    L = {k: (v[top] if k == "W_out" else v if k == "b_out" else v[..., top]).to(w.dtype) for k, v in L.items()}
-    for u in _bases(read, w):
-        e, v = torch.linalg.eigh(u.T@m.cov["read", site].to(w.dtype)@u)
+    L = {k: (v[top] if k == "W_out" else v if k == "b_out" else v[..., top]).float() for k, v in L.items()}
+    for u in read.bases.values():
+        e, v = torch.linalg.eigh(u.T@m.cov["read", site].float()@u)
         roots.append((v*e.clamp(min=0).sqrt()).T@u.T)
-    U, V = torch.cat(roots), torch.cat(_bases(write, w), 1)
+    U, V = torch.cat(roots), torch.cat(list(write.bases.values()), 1)
     def sides(L): # how often neurons are open depends on what they read
         W_in, W_out = neurons(L)
         a = torch.stack([o.square().sum(-2) for o in (U@W_in).split(list(read.sizes.values()), -2)], -2)
         c = torch.stack([o.square().sum(-1) for o in (W_out@V).split(list(write.sizes.values()), -1)], -2)
         return a*slopes(w, L, rows).square().mean(-2)[..., None, :], c
-    def shares(a, c): return (e := a@c.mT)/e.sum((-1, -2), keepdim=True).clamp(min=1e-30)
+    def shares(a, c): return (e := (a@c.mT).to(w.dtype))/e.sum((-1, -2), keepdim=True).clamp(min=1e-30)
     if turns is None: return shares(*sides(L))
     ins = [k for k in ("W_in", "W_gate") if k in L]
     inner, outer = (torch.linalg.qr(o)[1] for o in (torch.cat([L[k] for k in ins], 1), L["W_out"].T)) # angles and lengths: all that a rotation leaves
@@ -587,7 +587,7 @@ def score_edges(
     if moments.model is not model: raise ValueError("these moments are of another model: pass Moments(model, task) of this one")
     partitions, w, g = check_partitions(model, partitions), moments.weights, torch.Generator().manual_seed(seed)
     turns = rotations(w.cfg.d_model, draws, g, w.dtype, max(w.cfg.d_head, 2*NEURONS)) # a gated neuron reads along two directions
-    more = rotations(w.cfg.d_model, 2*draws, torch.Generator().manual_seed(seed + 1), w.dtype) if w.mlps and w.cfg.d_model <= 128 else turns
+    more = rotations(w.cfg.d_model, 2*draws, torch.Generator().manual_seed(seed + 1), torch.float32) if w.mlps and w.cfg.d_model <= 128 else turns.float()
     edges = embed_edges(moments, partitions)
     for layer in range(w.cfg.n_layers):
         edges += attention_edges(moments, layer, partitions, turns, g)
