@@ -315,7 +315,7 @@ def batch_rows(
     "Run a model and keep the real positions of some sites, one row each."
     cache = read_sites(model, batch, sites)
     document = first_document + torch.arange(len(batch.tokens))[:, None].expand_as(batch.tokens)
-    columns = {"document": document, "scored": batch.scored, **variables(batch)}
+    columns = {"document": document, "scored": batch.scored, **variables(batch), "token": batch.tokens, "position": batch.positions}
     out = {k: cache[k].to("cpu", DTYPES[dtype]) for k in sites} | {k: v.int() for k, v in columns.items()}
     kept = batch.real.flatten().nonzero()[:, 0]
     return {k: v.flatten(0, 1).index_select(0, kept) for k, v in out.items()}
