@@ -29,7 +29,7 @@ from .circuits import (
     Judge, KeepOnly, Moments, Weights, average_precision, block_energy, check_partitions, circuit_sites, embed_edges, find_circuit,
     identity, neurons, read_site, score_edges, seen_by, unembed_edges, write_site)
 from .known_circuits import FAMILIES, KnownCircuit, null_model, plant
-from .partition import Partition, learn_partition
+from .partition import Partition, learn_partition, written
 from .toy_models import Batch, Task, UniqueCopy, _threads, accuracy, new_model
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #planted-partitions
@@ -341,12 +341,13 @@ def grade(
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #learned
 def learned_partitions(
-    known:KnownCircuit, lists:int=2000, seed:int=0, # How many lists to run
+    known:KnownCircuit, lists:int=4000, seed:int=0, # How many lists to run
 )->dict[str, Partition]: # By site
-    "Learn the partition of every site from activations alone."
-    sites = circuit_sites(known.model)
-    rows = batch_rows(known.model, known.task.sample(lists, generator=torch.Generator().manual_seed(seed)), sites)
-    return {s: learn_partition(rows[s][rows["position"] > 0], s, seed) for s in tqdm(sites, desc=f"{known.name} {seed}")}
+    "Learn the partition of every site from activations and from what each component wrote."
+    sites, batch = circuit_sites(known.model), known.task.sample(lists, generator=torch.Generator().manual_seed(seed))
+    batch = batch._replace(real=batch.real & (batch.positions > 0))
+    rows, wrote = batch_rows(known.model, batch, sites), written(known.model, batch, sites)
+    return {s: learn_partition(rows[s], s, seed, written=wrote[s]) for s in tqdm(sites, desc=f"{known.name} {seed}")}
 
 def best_overlaps(
     bases:dict[str, Float[Tensor, "d_model k"]], found:Partition, # True subspaces of a site, a partition of it

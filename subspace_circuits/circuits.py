@@ -970,11 +970,13 @@ def find_circuit(
     edges, partitions = score_edges(model, moments, partitions, seed=seed), check_partitions(model, partitions)
     alive, joined, run = living(edges), links(moments, partitions), lambda kept: KeepOnly(model, moments, partitions, kept, mode)
     drawn, curve = Judge(model, task, _MANY*answers, seed + 1), _Curve(Judge(model, task, 2*answers, seed + 2), run)
-    tried = {e: trim(keep_edges([o for o in edges if alive and (o["p"] is None or o["component"] in alive)], e), joined) for e in BUDGETS}
+    every = edges if alive else []
+    likely = [o for o in every if o["p"] is None or o["component"] in alive]
+    tried = {e: trim(keep_edges(likely, e), joined) for e in BUDGETS}
     for e, kept in tried.items(): curve.note("budget", kept, e)
-    epsilon, start, pool, able, enough = _start(drawn, run, tried, edges if alive else [], price)
-    _, kept, passes, chosen_on = challenge(pool, _few(pool), run(start), start, price)
-    for i in range(len(passes)): curve.note("removal", [o for o in start if o not in sum(passes[:i + 1], [])])
+    epsilon, start, pool, able, enough = _start(drawn, run, tried, every, price)
+    left, (_, kept, passes, chosen_on) = start, challenge(pool, _few(pool), run(start), start, price)
+    for gone in passes: curve.note("removal", left := [o for o in left if o not in gone])
     kept = [o | dict(necessity=lost) for o, lost in zip(kept, pool.only(chosen_on).singles(run(kept), kept))]
     ranked, chosen = sorted(kept, key=lambda o: -o["necessity"]), len(curve)
     curve.finish(ranked)

@@ -155,22 +155,29 @@ def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of 
 def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *, site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
               out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, with a folder for each site if there are several; what holds the same job is kept, anything else refused.")],
               method: Annotated[str, typer.Option(help="ndm: cuts, and growth where no cut holds; closed-form: independent subspaces only; growth.")] = "ndm",
+              model: Annotated[Optional[str], typer.Option(help="The model that the store is of, as for capture: ndm then starts from what each component wrote.")] = None,
               seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of sites of a store, and how many there are."
-    from subspace_circuits.activations import ActivationStore
-    from subspace_circuits.partition import closed_form, grow_partition, learn_partition
+    from subspace_circuits.activations import ActivationStore, check_model, open_model, open_task
+    from subspace_circuits.partition import closed_form, grow_partition, learn_partition, stored_sequences, written
     methods = {"ndm": learn_partition, "closed-form": closed_form, "growth": grow_partition}
     if method not in methods: raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
     acts = ActivationStore(store)
     fits = {o: [x for x in acts.sites if fnmatchcase(x, o)] for o in site.split(",")}
     if lost := [o for o, v in fits.items() if not v]: raise ValueError(f"no site {lost[0]!r} in {store}: use one of {', '.join(acts.sites)}")
     sites = dict.fromkeys(x for v in fits.values() for x in v)
+    if model and method != "ndm": raise ValueError(f"--model is for method ndm, {method} asks for rows alone: leave it out")
+    more, asked = {o: {} for o in sites}, f"{method}, writers" if model else method
+    if model:
+        net = (open_task if model.startswith("planted-") else open_model)(model)[0]
+        check_model(acts, net)
+        more = {o: dict(written=v) for o, v in written(net, stored_sequences(acts), list(sites)).items()}
     folders = {o: out/o if len(sites) > 1 else out for o in sites}
-    kept = {o: _kept_partition(folder, o, method, seed, acts.info["capture"]["weights"]) for o, folder in folders.items() if not overwrite}
+    kept = {o: _kept_partition(folder, o, asked, seed, acts.info["capture"]["weights"]) for o, folder in folders.items() if not overwrite}
     for o, folder in folders.items():
         if (found := kept.get(o)) is None:
-            found = methods[method](acts[o], o, seed, weights=acts.info["capture"]["weights"])
-            found.info["asked"] = method
+            found = methods[method](acts[o], o, seed, weights=acts.info["capture"]["weights"], **more[o])
+            found.info["asked"] = asked
             found.save_pretrained(folder)
         print(found)
 

@@ -11,10 +11,11 @@ __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'va
            'energy_groups', 'refine_frame', 'wide_blocks', 'noise_floor', 'evidence', 'closed_form',
            'benchmark_closed_form', 'whiten', 'from_silence', 'exclusions', 'matched', 'match_shares',
            'information_shares', 'matched_information', 'predicted_share', 'Shared', 'shared', 'local_covariances',
-           'propose_cuts', 'block_entropy', 'SiteRows', 'told_directions', 'told_spreads', 'excluded_directions',
-           'moves', 'move_directions', 'exchange', 'proposals', 'best_pair', 'cut_down', 'random_cumulants',
-           'join_pieces', 'loose_pairs', 'find_partition', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle',
-           'fit_bases', 'assign', 'search', 'explained', 'vote', 'grow_partition', 'learn_partition', 'name_subspaces',
+           'propose_cuts', 'by_writer', 'written', 'stored_sequences', 'block_entropy', 'SiteRows', 'starts',
+           'without_empty', 'told_directions', 'told_spreads', 'excluded_directions', 'moves', 'move_directions',
+           'exchange', 'proposals', 'best_pair', 'cut_down', 'random_cumulants', 'join_pieces', 'loose_pairs',
+           'wrote_share', 'find_partition', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases',
+           'assign', 'search', 'explained', 'vote', 'grow_partition', 'learn_partition', 'name_subspaces',
            'determination', 'mutual_information_matrix', 'read_published', 'Comparison', 'compare', 'group_components',
            'baseline_partition', 'Stability', 'stability', 'merged_truth', 'score_circuit', 'benchmark_partition']
 
@@ -30,7 +31,7 @@ from typing import NamedTuple
 import networkx
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.linalg import eigh
 from scipy.linalg import qr as pivoted_qr
@@ -38,14 +39,14 @@ from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 from scipy.stats import t as student
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import _figure, _reason, _write_json, batch_rows, open_task
+from .activations import ActivationStore, _figure, _reason, _write_json, batch_rows, merge_moments, open_task, read_sites, shard_moments
 from .known_circuits import DECOYS, FAMILIES, plant
 from .neighbors import _all_pairs, nearest
 from .neighbors import mutual_information_matrix as block_information
-from .toy_models import TOYS, _read, _write, group_bases, train_autoencoders
+from .toy_models import TOYS, Batch, _read, _write, group_bases, train_autoencoders
 
 # %% ../nbs/02_partition.ipynb #save
 class Pretrained:
@@ -1007,6 +1008,73 @@ def _apart(one, other):
     P = one.a@one.a.T
     return min((P - o@o.T).norm() for o in other[:2]) > .5
 
+# %% ../nbs/02_partition.ipynb #by-writer
+def by_writer(
+    written:Float[Tensor, "component d d"], # Covariance of what each component has written into a space
+    floor:float, # Variance that counts as nothing
+    jump:float=1/3, # A space is cut where the share that a component wrote jumps by more than this
+)->list[Float[Tensor, "d k"]]: # Orthonormal, together the whole space
+    "Cut a space where the share of variance that a component wrote jumps, one component after the other."
+    e, u = torch.linalg.eigh(written.sum(0) + floor*torch.eye(written.shape[1]))
+    root, parts = u*e.rsqrt()@u.T, [torch.eye(written.shape[1])]
+    for share in root@written@root:
+        cut = []
+        for b in parts:
+            e, u = torch.linalg.eigh(b.T@share@b)
+            k = e.diff().argmax().item() + 1 if len(e) > 1 and e.diff().max() > jump else 0
+            cut += [b@o for o in u.tensor_split([k], 1) if o.shape[1]]
+        parts = cut
+    return parts
+
+# %% ../nbs/02_partition.ipynb #written-places
+def _place(name):
+    "Layer and place of a hook, in the order of the stream."
+    parts = name.split(".")
+    return (-1, 0) if len(parts) == 1 else (int(parts[1]), dict(hook_z=0, hook_resid_mid=1, hook_mlp_out=1, hook_resid_post=2).get(parts[-1], 0))
+
+def _component(model, name, head, cov):
+    "Name of a component, and the covariance of what it writes."
+    layer, place = _place(name)
+    if not name.endswith("hook_z"): return f"MLP{layer}" if place else name.removeprefix("hook_"), cov.float()
+    W = model.W_O[layer, head].detach().double().cpu()
+    return f"L{layer}H{head}", (W.T@cov@W).float()
+
+# %% ../nbs/02_partition.ipynb #written
+@torch.no_grad()
+def written(
+    model:nn.Module, batch:Batch, # A TransformerLens model, and sequences to run it on
+    sites:list[str], # Places in the residual stream
+    size:int=50, # Sequences to run at once
+)->dict[str, dict[str, Float[Tensor, "d_model d_model"]]]: # For each site, component to covariance, over real positions
+    "Compute what embeddings, heads and MLPs have written into the stream by the time of each site."
+    hooks = ["hook_embed", "hook_pos_embed", *(f"blocks.{i}.{o}" for i in range(model.cfg.n_layers) for o in ("attn.hook_z", "hook_mlp_out"))]
+    hooks = [o for o in hooks if o in model.hook_dict and not (model.cfg.attn_only and "mlp" in o) and any(_place(o) < _place(s) for s in sites)]
+    sums = {}
+    for i in tqdm(range(0, len(batch.tokens), size), desc="written", leave=False):
+        real, part = batch.real[i:i + size], batch._replace(tokens=batch.tokens[i:i + size], positions=batch.positions[i:i + size])
+        if not real.any(): continue
+        for name, x in read_sites(model, part, hooks).items():
+            x = x.float().cpu().expand(len(real), *x.shape[1:])[real]
+            for h, y in enumerate(x.unbind(1) if x.ndim == 3 else [x]):
+                sums[name, h] = merge_moments(sums[name, h], shard_moments(y)) if (name, h) in sums else shard_moments(y)
+    out = [(_place(name), *_component(model, name, h, scatter/n)) for (name, h), (n, _, scatter) in sums.items()]
+    return {s: {k: cov for at, k, cov in out if at < _place(s)} for s in sites}
+
+# %% ../nbs/02_partition.ipynb #stored-sequences
+def stored_sequences(
+    store:ActivationStore, # Activations
+    rows:Bool[Tensor, "row"]|None=None, # Which rows count as real; all if not given
+    n:int=1000, # Number of sequences, fewer if there are not so many
+)->Batch: # No answers
+    "Rebuild the first sequences of a store, as its model saw them."
+    document, position, token, scored = (store.column(o) for o in ("document", "position", "token", "scored"))
+    row = document.unique(return_inverse=True)[1]
+    at = position - torch.full((len(position),), position.max()).scatter_reduce(0, row, position, "amin")[row]
+    take = row < n
+    def laid(x, empty): return torch.full((int(row[take].max()) + 1, int(at[take].max()) + 1), empty, dtype=x.dtype).index_put((row[take], at[take]), x[take])
+    tokens = laid(token, 0)
+    return Batch(tokens, laid(position, 0), laid(scored.bool(), False), torch.full_like(tokens, -1), laid(torch.ones_like(take) if rows is None else rows, False))
+
 # %% ../nbs/02_partition.ipynb #block-entropy
 def block_entropy(
     partition:Partition, h:Float[Tensor, "row d_model"], # Rows that it has not seen
@@ -1037,11 +1105,14 @@ class SiteRows:
     def __init__(self,
         h:Float[Tensor, "row d_model"], generator:torch.Generator, # Activations
         share:float=.01, # Of the mean variance: what holds less is nothing, where the spectrum has no gap
+        written:dict[str, Float[Tensor, "d_model d_model"]]|None=None, # Covariance of what each component wrote; then its principal directions are those of their sum
     ):
         self.mean = h.mean(0)
         e, v = torch.linalg.eigh(torch.cov((h - self.mean).T.double(), correction=0))
         self.floor = noise_floor(e, share)
-        self.v, self.e = v[:, e > self.floor].float(), e[e > self.floor]
+        if written: e, v = torch.linalg.eigh(sum(written.values()).double())
+        self.v, self.scale = v[:, e > self.floor].float(), e[-1].sqrt().item()
+        self.written = torch.stack([self.v.T@o@self.v for o in written.values()]) if written else None
         self.x = ((h - self.mean)@self.v)[torch.randperm(len(h), generator=generator)]
 
     def pool(self, x:Float[Tensor, "row d"], generator:torch.Generator, most:int=1024)->int:
@@ -1057,8 +1128,23 @@ class SiteRows:
         "Let NDM turn parts into each other, from a coarse and from a fine blur, and keep what is best: one of these, or the parts as they are."
         sizes, blur, basis = [o.shape[1] for o in parts], math.sqrt(self.floor), torch.cat(parts, 1)
         pool = self.pool(x, generator, pool)
-        tries = [ndm(x, sizes, pool, generator, basis=basis, blur=blur, start=max(blur, o*self.e[0].sqrt().item()), steps=steps, lr=lr) for o in starts]
+        tries = [ndm(x, sizes, pool, generator, basis=basis, blur=blur, start=max(blur, o*self.scale), steps=steps, lr=lr) for o in starts]
         return min([parts, *(list(o.split(sizes, 1)) for o in tries)], key=self.measure(x, pool, generator))
+
+# %% ../nbs/02_partition.ipynb #starts
+def starts(site:SiteRows, generator:torch.Generator, wide:int=80)->list[Float[Tensor, "d _"]]: # Bases that together are the site
+    "Where to cut from: the parts that components wrote, or the whole; what is wide starts from its closed form."
+    parts, out = [torch.eye(site.x.shape[1])] if site.written is None else by_writer(site.written, site.floor), []
+    for b in parts: out += [b@o.basis for o in wide_blocks(whiten(site.x@b), generator, .005, .01)[0]] if b.shape[1] > wide else [b]
+    return out
+
+def without_empty(site:SiteRows, parts:list[Float[Tensor, "d _"]])->list[Float[Tensor, "d _"]]: # The same parts if all directions hold something
+    "Leave out directions of blocks, and of the site, that hold next to nothing."
+    spectra = [torch.linalg.eigh(torch.cov((site.x@o).T).reshape(o.shape[1], -1)) for o in parts]
+    if all(e[0] > site.floor for e, _ in spectra): return parts
+    kept = [b@u[:, e > site.floor] for b, (e, u) in zip(parts, spectra) if e[-1] > site.floor]
+    site.v, site.x = site.v@torch.cat(kept, 1), site.x@torch.cat(kept, 1)
+    return list(torch.eye(site.x.shape[1]).split([o.shape[1] for o in kept], 1))
 
 # %% ../nbs/02_partition.ipynb #foreign-directions
 def told_directions(
@@ -1168,12 +1254,12 @@ def best_pair(site:SiteRows, x:Float[Tensor, "row d"], C:Float[Tensor, "n d d"],
 # %% ../nbs/02_partition.ipynb #cut-down
 def cut_down(site:SiteRows, generator:torch.Generator, bar=None)->tuple[list[Float[Tensor, "d _"]], list[dict]]: # Blocks, and what each cut rests on
     "Cut a site in two, and the sides again, as long as the sides share less than the limits; a wide site starts from its closed form."
-    d, done, cuts = site.x.shape[1], [], []
-    starts = [o.basis for o in wide_blocks(whiten(site.x), generator, .005, .01)[0]] if d > 80 else [torch.eye(d)]
-    todo = [(o, random_cumulants(whiten((site.x@o)[:60_000]), generator)) for o in starts]
+    done, cuts = [], []
+    todo = [(o, random_cumulants(whiten((site.x@o)[:60_000]), generator)) for o in starts(site, generator)]
     while todo:
         basis, C = todo.pop()
-        best = best_pair(site, site.x@basis, C, generator)
+        gaussian = site.written is not None and is_gaussian(whiten(site.x@basis), generator) # any cut of it is as good as another
+        best = None if gaussian else best_pair(site, site.x@basis, C, generator)
         if bar is not None: bar.update()
         if best is None: done.append(basis); continue
         cuts.append(dict(sizes=[o.shape[1] for o in best[0]], **{k: round(v, 3) for k, v in best[1]._asdict().items()}))
@@ -1189,8 +1275,10 @@ def random_cumulants(z:Float[Tensor, "row d"], generator:torch.Generator, n:int=
 def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch.Generator)->tuple[list[Float[Tensor, "d _"]], Float[Tensor, "block block"]]: # Blocks, and what they share
     "Purify all blocks together, and join what shares more than the limits, until nothing does."
     while True:
+        parts = without_empty(site, parts)
         if len(parts) == 1: return parts, torch.ones(1, 1)
-        parts = exchange(site, site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003), generator)
+        parts = site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003)
+        if site.written is None: parts = exchange(site, parts, generator) # what a component wrote needs no moves
         blocks, sizes = [whiten(site.x@o) for o in parts], [o.shape[1] for o in parts]
         match = match_shares(blocks, generator)
         known = torch.tensor([[matched_information(a, b, generator) if a.shape[1] <= b.shape[1] else 0. for b in blocks] for a in blocks]).fill_diagonal_(0)
@@ -1217,17 +1305,23 @@ def loose_pairs(blocks:list[Float[Tensor, "row _"]], generator:torch.Generator)-
     return pairs
 
 # %% ../nbs/02_partition.ipynb #find-partition
+def wrote_share(basis:Float[Tensor, "d_model k"], written:dict[str, Float[Tensor, "d_model d_model"]])->dict[str, float]: # Largest first, none below .05
+    "Which share of a subspace's variance each component wrote."
+    wrote = {k: (basis.T@o@basis).trace().item() for k, o in written.items()}
+    return {k: round(v/sum(wrote.values()), 3) for k, v in sorted(wrote.items(), key=lambda o: -o[1]) if v > .05*sum(wrote.values())}
+
 def find_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site, any float type
     site:str, # Its hook name
     seed:int=0,
     weights:str="", # Fingerprint of the model, kept in the partition
+    written:dict[str, Float[Tensor, "d_model d_model"]]|None=None, # What each component wrote, from `written`, if the model is at hand
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of what holds next to nothing
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
     checked, start = check_activations(h, site, 20), time.perf_counter()
     h, generator = h.float(), torch.Generator().manual_seed(seed)
-    for share in (.01, .1): # if nothing separates, small directions may be in the way
-        rows = SiteRows(h, generator, share)
+    for share, by in ((.01, written), (.1, None)): # if nothing separates, small directions may be in the way
+        rows = SiteRows(h, generator, share, by)
         few = checked["distinct"] <= rows.x.shape[1] + 1 # the corners of a simplex
         if few: parts, cuts, between = [torch.eye(rows.x.shape[1])], [], torch.ones(1, 1); break
         if is_gaussian(whiten(rows.x), generator): parts, cuts, between = [], [], torch.zeros(0, 0); break
@@ -1239,7 +1333,8 @@ def find_partition(
     rest = complement(list(bases.values()), h.shape[1])
     verdict = (f"not identified: {checked['distinct']} different rows in {rows.x.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
                else "not separated: every cut leaves sides that share too much" if len(parts) == 1 else f"{len(parts)} subspaces")
-    info = dict(method="closed form, ndm", seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
+    info = dict(method="closed form, ndm" + ", writers"*bool(by), seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
+    if written: info |= dict(wrote={k: wrote_share(b, written) for k, b in bases.items()})
     p = Partition(bases | ({"rest": rest} if rest.shape[1] else {}), site, rows.mean, info)
     info |= dict(objective=round(block_entropy(p, h[torch.randperm(len(h), generator=generator)[:2000]]), 3), seconds=round(time.perf_counter() - start, 1))
     return p
@@ -1427,10 +1522,10 @@ def grow_partition(
 def learn_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site
     site:str, # Its hook name
-    seed:int=0, weights:str="", # As for `find_partition`
+    seed:int=0, weights:str="", written:dict|None=None, # As for `find_partition`
 )->Partition: # The verdict says which method it is
     "Find a partition by cuts, or by growth if no cut holds."
-    p = find_partition(h, site, seed, weights)
+    p = find_partition(h, site, seed, weights, written)
     if not p.info["verdict"].startswith("not separated"): return p
     grown = grow_partition(h, site, seed, weights=weights)
     return Partition(grown.bases, site, grown.mean, grown.info | dict(verdict=f"{p.info['verdict']}; {grown.info['verdict']}"))
@@ -1687,15 +1782,18 @@ def merged_truth(
 def score_circuit(
     family:str, seed:int=0, decoys:tuple=(), # As in `plant`
     sites:Callable=lambda o: True, lists:int=4000, # Which sites; number of lists to run
+    writers:bool=True, # Whether what components wrote may be used, or rows alone
 )->list[dict]: # For each site: what was found, what was true, overlaps, largest angle in degrees, seconds
     "Find the partition of every site of a planted circuit, and compare it with the truth."
     known, out = plant(family, seed=seed, decoys=decoys, certified=False), []
     names = [o for o in known.bases if sites(o)]
     generator = torch.Generator().manual_seed(seed)
-    rows = batch_rows(known.model, known.task.sample(lists, generator=generator), names)
+    batch = known.task.sample(lists, generator=generator)
+    batch = batch._replace(real=batch.real & (batch.positions > 0))
+    rows, wrote = batch_rows(known.model, batch, names), written(known.model, batch, names) if writers else {}
     for site in tqdm(names, desc=f"{family} {seed}"):
-        h = rows[site][rows["position"] > 0]
-        p = find_partition(h, site, seed)
+        h = rows[site]
+        p = find_partition(h, site, seed, written=wrote.get(site))
         found = [b for k, b in p.bases.items() if k != "rest"]
         truth = merged_truth(known.bases[site], h, generator, tuple(found))
         overlap = match_overlap(list(truth.values()), found)
@@ -1712,8 +1810,8 @@ def benchmark_partition(
     "Measure the closed form on toys and a wide mixture, and the whole method on planted circuits and the bundled trained model."
     figures = benchmark_closed_form(*((3, 20_000, ()) if quick else ()))
     families, some = (("induction", "bigram_copy", "two_circuits"), 1) if quick else (tuple(FAMILIES), seeds)
-    for name, decoys in (("bare", ()), ("with decoys", DECOYS)):
-        scores = [o for f in families for s in range(some) for o in score_circuit(f, s, decoys)]
+    for name, decoys, writers in (("bare", (), True), ("with decoys", DECOYS, True), ("bare, rows alone", (), False)):
+        scores = [o for f in families for s in range(some) for o in score_circuit(f, s, decoys, writers=writers)]
         exact, mean = sum(o["exact"] for o in scores), [v for o in scores for v in o["overlap"]]
         figures += [_figure(f"planted circuits {name}, sites exact", exact, f"of {len(scores)}", "90%", exact >= .9*len(scores)) | dict(sites=scores),
                     _figure(f"planted circuits {name}, mean overlap", sum(mean)/len(mean), "", ".99", sum(mean) >= .99*len(mean)),

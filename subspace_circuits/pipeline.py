@@ -11,7 +11,7 @@ from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live
 from subspace_circuits.circuit_graph import add_examples, save_circuit
 from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
-from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, variable_shares
+from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model, model_configs
 
@@ -111,7 +111,7 @@ def folder_of(out: Path, site: str) -> Path:
 
 def partition_sites(name: str, out: Path, sites: list[str], seed: int, lengths: dict):
     "Find the partitions that are not there yet, and the control's, two processes at a time."
-    jobs = [(partition_site, (str(out), o, seed)) for o in sites if not (folder_of(out, o)/"partition.json").exists()]
+    jobs = [(partition_site, (name, str(out), o, seed)) for o in sites if not (folder_of(out, o)/"partition.json").exists()]
     if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed, lengths)))
     if not jobs: return
     pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
@@ -120,13 +120,14 @@ def partition_sites(name: str, out: Path, sites: list[str], seed: int, lengths: 
     finally: pool.shutdown(cancel_futures=True)
 
 
-def partition_site(out: str, site: str, seed: int):
+def partition_site(name: str, out: str, site: str, seed: int):
     "Find, name and store the partition of one site."
     torch.set_num_threads(1)
     store = ActivationStore(Path(out)/"store")
     rows = live(store, site, last_layer(store))
     h, known = store[site][rows], {k: store.column(k)[rows] for k in labels}
-    p = learn_partition(h, site, seed, weights=store.info["capture"]["weights"])
+    wrote = written(load_model(name)[0], stored_sequences(store, rows), [site])[site]
+    p = learn_partition(h, site, seed, weights=store.info["capture"]["weights"], written=wrote)
     name_subspaces(p, h, known).save_pretrained(folder_of(Path(out), site))
 
 

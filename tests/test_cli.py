@@ -135,6 +135,19 @@ def test_several_sites(tmp_path):
     assert "with seed 0: name another folder" in refused(*job, "--seed", 1) and not (tmp_path/"p"/sites[0]).exists()
 
 
+def test_partition_by_writers(store, tmp_path):
+    "With its model a store is cut by who wrote what, which is kept as another job; another model, or a method that asks for rows alone, is refused."
+    from subspace_circuits.partition import Partition
+    assert "holds activations of weights" in refused("partition", store, "--site", "blocks.0.hook_resid_mid", "--model", "planted-induction", "--out", tmp_path/"p")
+    assert "--model is for method ndm" in refused("partition", store, "--site", "blocks.0.hook_resid_mid", "--model", "induction", "--method", "growth", "--out", tmp_path/"p")
+    assert call("capture", "planted-histogram", "--out", tmp_path/"planted", "--sites", "blocks.0.hook_resid_pre", "--shards", 2)[0] == 0
+    job = ["partition", tmp_path/"planted", "--site", "blocks.0.hook_resid_pre", "--out", tmp_path/"p"]
+    code, out, error = call(*job, "--model", "planted-histogram")
+    info = Partition.from_pretrained(tmp_path/"p").info
+    assert code == 0 and info["method"].endswith("writers") and info["wrote"]["s0"]["embed"] > .9, error
+    assert call(*job, "--model", "planted-histogram")[1] == out and "by ndm, writers with seed 0: name another folder" in refused(*job)
+
+
 def test_too_few_activations(tmp_path):
     assert call("capture", "induction", "--out", tmp_path/"tiny", "--shards", 1, "--sequences", 3)[0] == 0
     assert "fewer than 1280" in refused("partition", tmp_path/"tiny", "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
