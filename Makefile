@@ -16,7 +16,7 @@ lab: .venv/.installed  ## JupyterLab on the notebooks, cleaning them on save (AR
 
 test: .venv/.installed  ## every notebook's tests, then pytest
 	@$(ACTIVATE) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
-	@$(ACTIVATE) OMP_NUM_THREADS=1 pytest -q tests
+	@$(ACTIVATE) OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
 
 readme: .venv/.installed  ## README.md from nbs/index.ipynb
 	@.venv/bin/python .ci/readme.py
