@@ -345,7 +345,6 @@ def learned_partitions(
 )->dict[str, Partition]: # By site
     "Learn the partition of every site from activations and from what each component wrote."
     sites, batch = circuit_sites(known.model), known.task.sample(lists, generator=torch.Generator().manual_seed(seed))
-    batch = batch._replace(real=batch.real & (batch.positions > 0))
     rows, wrote = batch_rows(known.model, batch, sites), written(known.model, batch, sites)
     return {s: learn_partition(rows[s], s, seed, written=wrote[s]) for s in tqdm(sites, desc=f"{known.name} {seed}")}
 

@@ -154,7 +154,7 @@ def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of 
 @app.command()
 def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *, site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
               out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, with a folder for each site if there are several; what holds the same job is kept, anything else refused.")],
-              method: Annotated[str, typer.Option(help="ndm: cuts, and growth where no cut holds; closed-form: independent subspaces only; growth.")] = "ndm",
+              method: Annotated[str, typer.Option(help="ndm: cuts, and where none holds what components wrote (--model) or growth; closed-form: independent subspaces only; growth.")] = "ndm",
               model: Annotated[Optional[str], typer.Option(help="The model that the store is of, as for capture: ndm then starts from what each component wrote.")] = None,
               seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of sites of a store, and how many there are."

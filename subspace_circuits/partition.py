@@ -12,15 +12,17 @@ __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'va
            'benchmark_closed_form', 'whiten', 'from_silence', 'exclusions', 'matched', 'match_shares',
            'information_shares', 'matched_information', 'predicted_share', 'Shared', 'shared', 'local_covariances',
            'propose_cuts', 'by_writer', 'written', 'stored_sequences', 'block_entropy', 'SiteRows', 'starts',
-           'without_empty', 'told_directions', 'told_spreads', 'excluded_directions', 'moves', 'move_directions',
-           'exchange', 'proposals', 'best_pair', 'cut_down', 'random_cumulants', 'join_pieces', 'loose_pairs',
-           'wrote_share', 'find_partition', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases',
-           'assign', 'search', 'explained', 'vote', 'grow_partition', 'learn_partition', 'name_subspaces',
-           'determination', 'mutual_information_matrix', 'read_published', 'Comparison', 'compare', 'group_components',
-           'baseline_partition', 'Stability', 'stability', 'merged_truth', 'score_circuit', 'benchmark_partition']
+           'set_silent', 'told_directions', 'told_spreads', 'excluded_directions', 'moves', 'move_directions',
+           'exchange', 'proposals', 'best_pair', 'cut_down', 'random_cumulants', 'block_shares', 'silent_together',
+           'join_pieces', 'loose_pairs', 'cut_parts', 'wrote_share', 'find_partition', 'determined', 'WhiteSite',
+           'grow', 'same_variable', 'settle', 'fit_bases', 'assign', 'search', 'explained', 'vote', 'grow_partition',
+           'learn_partition', 'name_subspaces', 'determination', 'mutual_information_matrix', 'read_published',
+           'Comparison', 'compare', 'group_components', 'baseline_partition', 'Stability', 'stability', 'holding',
+           'merged_truth', 'score_circuit', 'benchmark_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
 import hashlib, json, math, re, time, warnings, zlib
+from copy import copy
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -762,10 +764,10 @@ def noise_floor(
     share:float=.01, # Of their mean
 )->float:
     "Variance that counts as nothing: the middle of the largest gap below 1% of the mean, if it is more than 5-fold, else a share of the mean."
-    e = e.clamp(min=1e-6*e.max().item())
+    e = e.clamp(min=1e-8*e.max().item()) # what rounding leaves
     jump = torch.where(e[:-1] < .01*e.mean(), e[1:]/e[:-1], 0.)
     i = jump.argmax()
-    return (e[i]*e[i + 1]).sqrt().item() if jump[i] > 5 else share*e.mean().item()
+    return (e[i].clamp(min=1e-6*e.max().item())*e[i + 1]).sqrt().item() if jump[i] > 5 else share*e.mean().item()
 
 # %% ../nbs/02_partition.ipynb #evidence
 def evidence(blocks:list[Block], accepted:list[CutTest], merged:list[tuple], rows:int)->dict:
@@ -1131,6 +1133,13 @@ class SiteRows:
         tries = [ndm(x, sizes, pool, generator, basis=basis, blur=blur, start=max(blur, o*self.scale), steps=steps, lr=lr) for o in starts]
         return min([parts, *(list(o.split(sizes, 1)) for o in tries)], key=self.measure(x, pool, generator))
 
+    def within(self, basis:Float[Tensor, "d k"])->"SiteRows":
+        "The same rows in some of the directions."
+        part = copy(self)
+        part.v, part.x = self.v@basis, self.x@basis
+        part.scale = torch.linalg.matrix_norm(torch.cov(part.x.T).reshape(basis.shape[1], -1), 2).sqrt().item()
+        return part
+
 # %% ../nbs/02_partition.ipynb #starts
 def starts(site:SiteRows, generator:torch.Generator, wide:int=80)->list[Float[Tensor, "d _"]]: # Bases that together are the site
     "Where to cut from: the parts that components wrote, or the whole; what is wide starts from its closed form."
@@ -1138,13 +1147,16 @@ def starts(site:SiteRows, generator:torch.Generator, wide:int=80)->list[Float[Te
     for b in parts: out += [b@o.basis for o in wide_blocks(whiten(site.x@b), generator, .005, .01)[0]] if b.shape[1] > wide else [b]
     return out
 
-def without_empty(site:SiteRows, parts:list[Float[Tensor, "d _"]])->list[Float[Tensor, "d _"]]: # The same parts if all directions hold something
-    "Leave out directions of blocks, and of the site, that hold next to nothing."
+def set_silent(
+    site:SiteRows, parts:list[Float[Tensor, "d _"]], silent:list[Float[Tensor, "d_model _"]], # Bases, and what was set aside of each before
+)->tuple[list[Float[Tensor, "d _"]], list[Float[Tensor, "d_model _"]]]: # The same if all directions hold something
+    "Set aside directions of blocks, and of the site, that hold next to nothing; a block of such directions alone is none."
     spectra = [torch.linalg.eigh(torch.cov((site.x@o).T).reshape(o.shape[1], -1)) for o in parts]
-    if all(e[0] > site.floor for e, _ in spectra): return parts
-    kept = [b@u[:, e > site.floor] for b, (e, u) in zip(parts, spectra) if e[-1] > site.floor]
+    if all(e[0] > site.floor for e, _ in spectra): return parts, silent
+    loud = [(b, s, u, e > site.floor) for b, s, (e, u) in zip(parts, silent, spectra) if e[-1] > site.floor]
+    kept, silent = [b@u[:, o] for b, _, u, o in loud], [torch.cat([s, site.v@b@u[:, ~o]], 1) for b, s, u, o in loud]
     site.v, site.x = site.v@torch.cat(kept, 1), site.x@torch.cat(kept, 1)
-    return list(torch.eye(site.x.shape[1]).split([o.shape[1] for o in kept], 1))
+    return list(torch.eye(site.x.shape[1]).split([o.shape[1] for o in kept], 1)), silent
 
 # %% ../nbs/02_partition.ipynb #foreign-directions
 def told_directions(
@@ -1252,10 +1264,10 @@ def best_pair(site:SiteRows, x:Float[Tensor, "row d"], C:Float[Tensor, "n d d"],
     return best
 
 # %% ../nbs/02_partition.ipynb #cut-down
-def cut_down(site:SiteRows, generator:torch.Generator, bar=None)->tuple[list[Float[Tensor, "d _"]], list[dict]]: # Blocks, and what each cut rests on
-    "Cut a site in two, and the sides again, as long as the sides share less than the limits; a wide site starts from its closed form."
+def cut_down(site:SiteRows, begun:list[Float[Tensor, "d _"]], generator:torch.Generator, bar=None)->tuple[list[Float[Tensor, "d _"]], list[dict]]: # Blocks, and what each cut rests on
+    "Cut bases of a site in two, and the sides again, as long as the sides share less than the limits."
     done, cuts = [], []
-    todo = [(o, random_cumulants(whiten((site.x@o)[:60_000]), generator)) for o in starts(site, generator)]
+    todo = [(o, random_cumulants(whiten((site.x@o)[:60_000]), generator)) for o in begun]
     while todo:
         basis, C = todo.pop()
         gaussian = site.written is not None and is_gaussian(whiten(site.x@basis), generator) # any cut of it is as good as another
@@ -1271,24 +1283,41 @@ def random_cumulants(z:Float[Tensor, "row d"], generator:torch.Generator, n:int=
     M = torch.randn(n, z.shape[1], z.shape[1], generator=generator)
     return _level(cumulants(z, (M + M.mT)/(M + M.mT).flatten(1).norm(dim=1)[:, None, None]))
 
+# %% ../nbs/02_partition.ipynb #block-shares
+def block_shares(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch.Generator)->tuple[Float[Tensor, "block block"], list[Float[Tensor, "row _"]]]: # In parts of the limits, -1 with itself; white rows of each block
+    "What every two blocks share: the largest of exclusion, match and information."
+    blocks = [whiten(site.x@o) for o in parts]
+    match = match_shares(blocks, generator)
+    known = torch.tensor([[matched_information(a, b, generator) if a.shape[1] <= b.shape[1] else 0. for b in blocks] for a in blocks]).fill_diagonal_(0)
+    told = exclusions([site.x@o for o in parts]), torch.maximum(match, match.T), torch.maximum(information_shares(blocks, generator, 2000), torch.maximum(known, known.T))
+    return torch.stack([o/limit for o, limit in zip(told, LIMITS)]).amax(0).fill_diagonal_(-1), blocks
+
+# %% ../nbs/02_partition.ipynb #together
+def silent_together(
+    blocks:list[Float[Tensor, "row _"]], # Rows of each block, in random order
+)->Float[Tensor, "block block"]: # -1 with itself
+    "How far two blocks are on in the same rows: the correlation of log(|x|²/E|x|² + 1/10), lengths from silence."
+    energy = [from_silence(o).square().sum(1) for o in blocks]
+    return torch.corrcoef(torch.stack([(o/o.mean() + .1).log() for o in energy])).fill_diagonal_(-1)
+
 # %% ../nbs/02_partition.ipynb #join
-def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch.Generator)->tuple[list[Float[Tensor, "d _"]], Float[Tensor, "block block"]]: # Blocks, and what they share
-    "Purify all blocks together, and join what shares more than the limits, until nothing does."
+def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch.Generator, most:float=1.)->tuple[list[Float[Tensor, "d_model _"]], Float[Tensor, "block block"]]: # Bases in the stream, and what they share in parts of the limits
+    "Purify all blocks together, and join what shares more than `most` of the limits, until nothing does (below 1, also what is silent together); infinite: say only what they share."
+    silent = [torch.empty(len(site.v), 0)]*len(parts)
+    def whole(): return [torch.cat([site.v@a, b], 1) for a, b in zip(parts, silent)]
     while True:
-        parts = without_empty(site, parts)
-        if len(parts) == 1: return parts, torch.ones(1, 1)
-        parts = site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003)
+        parts, silent = set_silent(site, parts, silent)
+        if len(parts) == 1: return whole(), torch.ones(1, 1)
+        if most < math.inf: parts = site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003)
         if site.written is None: parts = exchange(site, parts, generator) # what a component wrote needs no moves
-        blocks, sizes = [whiten(site.x@o) for o in parts], [o.shape[1] for o in parts]
-        match = match_shares(blocks, generator)
-        known = torch.tensor([[matched_information(a, b, generator) if a.shape[1] <= b.shape[1] else 0. for b in blocks] for a in blocks]).fill_diagonal_(0)
-        told = exclusions([site.x@o for o in parts]), torch.maximum(match, match.T), torch.maximum(information_shares(blocks, generator, 2000), torch.maximum(known, known.T))
-        share = torch.stack([o/limit for o, limit in zip(told, LIMITS)]).amax(0).fill_diagonal_(-1)
-        most = share.max(1)
-        pairs = [(i, j) for i, (s, j) in enumerate(zip(most.values.tolist(), most.indices.tolist())) if s > 1 and sizes[i] <= sizes[j]]
-        pairs = pairs or loose_pairs(blocks, generator)
-        if not pairs: return parts, share.fill_diagonal_(1)
-        parts = [torch.cat([parts[i] for i in o], 1) for o in joined(len(parts), pairs)]
+        share, blocks = block_shares(site, parts, generator)
+        if most < 1: share = torch.maximum(share, silent_together([site.x@o for o in parts])/LIMITS.match)
+        largest, sizes = share.max(1), [o.shape[1] for o in parts]
+        pairs = [(i, j) for i, (s, j) in enumerate(zip(largest.values.tolist(), largest.indices.tolist())) if s > most and sizes[i] <= sizes[j]]
+        if not pairs and (site.written is None or most < 1): pairs = loose_pairs(blocks, generator) # no code is torn between components
+        if not pairs: return whole(), share.fill_diagonal_(1)
+        groups = joined(len(parts), pairs)
+        parts, silent = ([torch.cat([x[i] for i in o], 1) for o in groups] for x in (parts, silent))
 
 # %% ../nbs/02_partition.ipynb #loose
 def loose_pairs(blocks:list[Float[Tensor, "row _"]], generator:torch.Generator)->list[tuple[int, int]]:
@@ -1304,6 +1333,21 @@ def loose_pairs(blocks:list[Float[Tensor, "row _"]], generator:torch.Generator)-
             pairs.append((i, others[alone.index(max(alone))]))
     return pairs
 
+# %% ../nbs/02_partition.ipynb #cut-parts
+def cut_parts(site:SiteRows, generator:torch.Generator, bar=None)->tuple[list[Float[Tensor, "d _"]], list[dict]]: # Blocks, and what each cut rests on
+    "Cut a site from where `starts` begins; of what components wrote, each part by itself, where half of the limits is enough to join: one component, one variable, unless they are clearly two."
+    begun = starts(site, generator)
+    if site.written is None: return cut_down(site, begun, generator, bar)
+    parts, cuts = [], []
+    for b in begun:
+        part = site.within(b)
+        if part.scale**2 <= site.floor: continue # components cancel each other here
+        pieces, more = cut_down(part, [torch.eye(b.shape[1])], generator, bar)
+        parts, cuts = parts + [site.v.T@o for o in join_pieces(part, pieces, generator, .5)[0]], cuts + more
+    span = torch.cat(parts, 1)
+    site.v, site.x = site.v@span, site.x@span
+    return list(torch.eye(span.shape[1]).split([o.shape[1] for o in parts], 1)), cuts
+
 # %% ../nbs/02_partition.ipynb #find-partition
 def wrote_share(basis:Float[Tensor, "d_model k"], written:dict[str, Float[Tensor, "d_model d_model"]])->dict[str, float]: # Largest first, none below .05
     "Which share of a subspace's variance each component wrote."
@@ -1316,24 +1360,26 @@ def find_partition(
     seed:int=0,
     weights:str="", # Fingerprint of the model, kept in the partition
     written:dict[str, Float[Tensor, "d_model d_model"]]|None=None, # What each component wrote, from `written`, if the model is at hand
+    join:bool=True, # Whether blocks that share more than the limits are joined; if not, they are what each component wrote, cut by itself
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of what holds next to nothing
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
+    if not (join or written): raise ValueError("join=False without written: rows alone say where to cut by what is shared; pass written, or join")
     checked, start = check_activations(h, site, 20), time.perf_counter()
     h, generator = h.float(), torch.Generator().manual_seed(seed)
-    for share, by in ((.01, written), (.1, None)): # if nothing separates, small directions may be in the way
-        rows = SiteRows(h, generator, share, by)
+    for share in (.01,) if written else (.01, .1): # if nothing separates, small directions may be in the way
+        rows = SiteRows(h, generator, share, written)
         few = checked["distinct"] <= rows.x.shape[1] + 1 # the corners of a simplex
-        if few: parts, cuts, between = [torch.eye(rows.x.shape[1])], [], torch.ones(1, 1); break
+        if few: parts, cuts, between = [rows.v], [], torch.ones(1, 1); break
         if is_gaussian(whiten(rows.x), generator): parts, cuts, between = [], [], torch.zeros(0, 0); break
-        with tqdm(desc=f"partition {site}", unit="block") as bar: parts, cuts = cut_down(rows, generator, bar)
-        parts, between = join_pieces(rows, parts, generator)
+        with tqdm(desc=f"partition {site}", unit="block") as bar: parts, cuts = cut_parts(rows, generator, bar)
+        parts, between = join_pieces(rows, parts, generator, 1 if join else math.inf)
         if len(parts) > 1: break
-    order = sorted(range(len(parts)), key=lambda i: -(rows.x@parts[i]).square().sum().item())
-    bases = {f"s{n}": rows.v@parts[i] for n, i in enumerate(order)}
+    order = sorted(range(len(parts)), key=lambda i: -((h - rows.mean)@parts[i]).square().sum().item())
+    bases = {f"s{n}": parts[i] for n, i in enumerate(order)}
     rest = complement(list(bases.values()), h.shape[1])
     verdict = (f"not identified: {checked['distinct']} different rows in {rows.x.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
-               else "not separated: every cut leaves sides that share too much" if len(parts) == 1 else f"{len(parts)} subspaces")
-    info = dict(method="closed form, ndm" + ", writers"*bool(by), seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
+               else "not separated: every cut leaves sides that share too much" if len(parts) == 1 else f"{len(parts)} subspaces" + " by what components wrote"*(not join))
+    info = dict(method="closed form, ndm" + ", writers"*bool(written), seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
     if written: info |= dict(wrote={k: wrote_share(b, written) for k, b in bases.items()})
     p = Partition(bases | ({"rest": rest} if rest.shape[1] else {}), site, rows.mean, info)
     info |= dict(objective=round(block_entropy(p, h[torch.randperm(len(h), generator=generator)[:2000]]), 3), seconds=round(time.perf_counter() - start, 1))
@@ -1524,11 +1570,12 @@ def learn_partition(
     site:str, # Its hook name
     seed:int=0, weights:str="", written:dict|None=None, # As for `find_partition`
 )->Partition: # The verdict says which method it is
-    "Find a partition by cuts, or by growth if no cut holds."
+    "Find a partition by cuts; if no cut holds, by what components wrote, or by growth where that is not known or all the same."
     p = find_partition(h, site, seed, weights, written)
     if not p.info["verdict"].startswith("not separated"): return p
-    grown = grow_partition(h, site, seed, weights=weights)
-    return Partition(grown.bases, site, grown.mean, grown.info | dict(verdict=f"{p.info['verdict']}; {grown.info['verdict']}"))
+    other = find_partition(h, site, seed, weights, written, join=False) if written else p
+    if len(other.names) - ("rest" in other.names) < 2: other = grow_partition(h, site, seed, weights=weights)
+    return Partition(other.bases, site, other.mean, other.info | dict(verdict=f"{p.info['verdict']}; {other.info['verdict']}"))
 
 # %% ../nbs/02_partition.ipynb #name
 def name_subspaces(
@@ -1753,18 +1800,25 @@ def _verdict(fits, costs, subspaces):
     return f"not stable: {what}" + ("" if good[0] else "; a refit explains held-out rows better")
 
 # %% ../nbs/02_partition.ipynb #merged-truth
+def holding(
+    h:Float[Tensor, "row d_model"], # Activations
+)->Callable: # Of bases, orthonormal or not: an orthonormal basis of their span, without directions that hold next to nothing
+    "Prepare to leave out of bases what holds next to nothing."
+    cov = torch.cov(h.T).double()
+    floor = noise_floor(torch.linalg.eigvalsh(cov))
+    def held(*parts):
+        b = torch.linalg.qr(torch.cat(parts, 1).double())[0]
+        e, u = torch.linalg.eigh(b.T@cov@b)
+        return (b@u[:, e > floor]).float()
+    return held
+
 def merged_truth(
     bases:dict[str, Float[Tensor, "d_model k"]], # True subspaces of a site, `rest` among them or not
     h:Float[Tensor, "row d_model"], generator:torch.Generator, # Activations of the site
     found:tuple[Float[Tensor, "d_model _"], ...]=(), # An answer, which decides between pairs that exclude each other equally, to .2
 )->dict[str, Float[Tensor, "d_model k"]]: # Names joined by `+`; directions that hold nothing left out
     "Merge the two true subspaces that share most, if that is over a limit, and ask again; those that only exclude each other last."
-    cov, rows = torch.cov(h.T).double(), torch.randperm(len(h), generator=torch.Generator().manual_seed(0))
-    floor, known = noise_floor(torch.linalg.eigvalsh(cov)), {}
-    def held(*parts):
-        b = torch.linalg.qr(torch.cat(parts, 1).double())[0]
-        e, u = torch.linalg.eigh(b.T@cov@b)
-        return (b@u[:, e > floor]).float()
+    held, rows, known = holding(h), torch.randperm(len(h), generator=torch.Generator().manual_seed(0)), {}
     parts = {k: o for k, b in bases.items() if k != "rest" and (o := held(b)).shape[1]}
     while len(parts) > 1:
         pairs, x = list(combinations(parts, 2)), {k: (h@o)[rows] for k, o in parts.items()}
@@ -1794,7 +1848,7 @@ def score_circuit(
     for site in tqdm(names, desc=f"{family} {seed}"):
         h = rows[site]
         p = find_partition(h, site, seed, written=wrote.get(site))
-        found = [b for k, b in p.bases.items() if k != "rest"]
+        found = [holding(h)(b) for k, b in p.bases.items() if k != "rest"]
         truth = merged_truth(known.bases[site], h, generator, tuple(found))
         overlap = match_overlap(list(truth.values()), found)
         angles = [min(math.degrees(subspace_angles(t.numpy(), b.numpy()).max()) for b in found) for t in truth.values()]
