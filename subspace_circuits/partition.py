@@ -1360,10 +1360,10 @@ def find_partition(
     seed:int=0,
     weights:str="", # Fingerprint of the model, kept in the partition
     written:dict[str, Float[Tensor, "d_model d_model"]]|None=None, # What each component wrote, from `written`, if the model is at hand
-    join:bool=True, # Whether blocks that share more than the limits are joined; if not, they are what each component wrote, cut by itself
+    apart:bool=False, # What to return where all is joined: one block, or what each component wrote, cut by itself
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of what holds next to nothing
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
-    if not (join or written): raise ValueError("join=False without written: rows alone say where to cut by what is shared; pass written, or join")
+    if apart and not written: raise ValueError("apart=True without written: what is all joined has no other parts than those of components; pass written, or leave apart")
     checked, start = check_activations(h, site, 20), time.perf_counter()
     h, generator = h.float(), torch.Generator().manual_seed(seed)
     for share in (.01,) if written else (.01, .1): # if nothing separates, small directions may be in the way
@@ -1372,13 +1372,16 @@ def find_partition(
         if few: parts, cuts, between = [rows.v], [], torch.ones(1, 1); break
         if is_gaussian(whiten(rows.x), generator): parts, cuts, between = [], [], torch.zeros(0, 0); break
         with tqdm(desc=f"partition {site}", unit="block") as bar: parts, cuts = cut_parts(rows, generator, bar)
-        parts, between = join_pieces(rows, parts, generator, 1 if join else math.inf)
+        begun, pieces, state = copy(rows), parts, generator.get_state()
+        parts, between = join_pieces(rows, parts, generator)
         if len(parts) > 1: break
+    all_joined = not few and len(parts) == 1
+    if apart and all_joined and len(pieces) > 1: parts, between = join_pieces(begun, pieces, generator.set_state(state), math.inf)
     order = sorted(range(len(parts)), key=lambda i: -((h - rows.mean)@parts[i]).square().sum().item())
     bases = {f"s{n}": parts[i] for n, i in enumerate(order)}
     rest = complement(list(bases.values()), h.shape[1])
     verdict = (f"not identified: {checked['distinct']} different rows in {rows.x.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
-               else "not separated: every cut leaves sides that share too much" if len(parts) == 1 else f"{len(parts)} subspaces" + " by what components wrote"*(not join))
+               else "not separated: every cut leaves sides that share too much" + f"; {len(parts)} subspaces by what components wrote"*(len(parts) > 1) if all_joined else f"{len(parts)} subspaces")
     info = dict(method="closed form, ndm" + ", writers"*bool(written), seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
     if written: info |= dict(wrote={k: wrote_share(b, written) for k, b in bases.items()})
     p = Partition(bases | ({"rest": rest} if rest.shape[1] else {}), site, rows.mean, info)
@@ -1571,11 +1574,10 @@ def learn_partition(
     seed:int=0, weights:str="", written:dict|None=None, # As for `find_partition`
 )->Partition: # The verdict says which method it is
     "Find a partition by cuts; if no cut holds, by what components wrote, or by growth where that is not known or all the same."
-    p = find_partition(h, site, seed, weights, written)
-    if not p.info["verdict"].startswith("not separated"): return p
-    other = find_partition(h, site, seed, weights, written, join=False) if written else p
-    if len(other.names) - ("rest" in other.names) < 2: other = grow_partition(h, site, seed, weights=weights)
-    return Partition(other.bases, site, other.mean, other.info | dict(verdict=f"{p.info['verdict']}; {other.info['verdict']}"))
+    p = find_partition(h, site, seed, weights, written, apart=bool(written))
+    if not p.info["verdict"].startswith("not separated") or "s1" in p.names: return p
+    grown = grow_partition(h, site, seed, weights=weights)
+    return Partition(grown.bases, site, grown.mean, grown.info | dict(verdict=f"{p.info['verdict']}; {grown.info['verdict']}"))
 
 # %% ../nbs/02_partition.ipynb #name
 def name_subspaces(
