@@ -167,16 +167,17 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
     if lost := [o for o, v in fits.items() if not v]: raise ValueError(f"no site {lost[0]!r} in {store}: use one of {', '.join(acts.sites)}")
     sites = dict.fromkeys(x for v in fits.values() for x in v)
     if model and method != "ndm": raise ValueError(f"--model is for method ndm, {method} asks for rows alone: leave it out")
-    more, asked = {o: {} for o in sites}, f"{method}, writers" if model else method
+    asked = f"{method}, writers" if model else method
     if model:
         net = (open_task if model.startswith("planted-") else open_model)(model)[0]
         check_model(acts, net)
-        more = {o: dict(written=v) for o, v in written(net, stored_sequences(acts), list(sites)).items()}
     folders = {o: out/o if len(sites) > 1 else out for o in sites}
     kept = {o: _kept_partition(folder, o, asked, seed, acts.info["capture"]["weights"]) for o, folder in folders.items() if not overwrite}
+    todo = [o for o in folders if kept.get(o) is None]
+    more = {o: dict(written=v) for o, v in written(net, stored_sequences(acts), todo).items()} if model and todo else {}
     for o, folder in folders.items():
         if (found := kept.get(o)) is None:
-            found = methods[method](acts[o], o, seed, weights=acts.info["capture"]["weights"], **more[o])
+            found = methods[method](acts[o], o, seed, weights=acts.info["capture"]["weights"], **more.get(o, {}))
             found.info["asked"] = asked
             found.save_pretrained(folder)
         print(found)

@@ -1849,8 +1849,8 @@ def score_circuit(
     rows, wrote = batch_rows(known.model, batch, names), written(known.model, batch, names) if writers else {}
     for site in tqdm(names, desc=f"{family} {seed}"):
         h = rows[site]
-        p = find_partition(h, site, seed, written=wrote.get(site))
-        found = [holding(h)(b) for k, b in p.bases.items() if k != "rest"]
+        p, held = find_partition(h, site, seed, written=wrote.get(site)), holding(h)
+        found = [held(b) for k, b in p.bases.items() if k != "rest"]
         truth = merged_truth(known.bases[site], h, generator, tuple(found))
         overlap = match_overlap(list(truth.values()), found)
         angles = [min(math.degrees(subspace_angles(t.numpy(), b.numpy()).max()) for b in found) for t in truth.values()]
