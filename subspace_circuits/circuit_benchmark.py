@@ -345,6 +345,7 @@ def learned_partitions(
 )->dict[str, Partition]: # By site
     "Learn the partition of every site from activations and from what each component wrote."
     sites, batch = circuit_sites(known.model), known.task.sample(lists, generator=torch.Generator().manual_seed(seed))
+    if known.model.cfg.attention_dir != "causal": batch = batch._replace(real=torch.ones_like(batch.real)) # padding is read too
     rows, wrote = batch_rows(known.model, batch, sites), written(known.model, batch, sites)
     return {s: learn_partition(rows[s], s, seed, written=wrote[s]) for s in tqdm(sites, desc=f"{known.name} {seed}")}
 

@@ -11,14 +11,15 @@ __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'va
            'energy_groups', 'refine_frame', 'wide_blocks', 'noise_floor', 'evidence', 'closed_form',
            'benchmark_closed_form', 'whiten', 'from_silence', 'exclusions', 'matched', 'match_shares',
            'information_shares', 'matched_information', 'predicted_share', 'Shared', 'shared', 'local_covariances',
-           'propose_cuts', 'by_writer', 'written', 'stored_sequences', 'block_entropy', 'SiteRows', 'starts',
+           'propose_cuts', 'by_writer', 'Wrote', 'written', 'stored_sequences', 'block_entropy', 'SiteRows', 'starts',
            'set_silent', 'told_directions', 'told_spreads', 'excluded_directions', 'moves', 'move_directions',
            'exchange', 'proposals', 'best_pair', 'cut_down', 'random_cumulants', 'block_shares', 'silent_together',
-           'join_pieces', 'loose_pairs', 'cut_parts', 'wrote_share', 'find_partition', 'determined', 'WhiteSite',
-           'grow', 'same_variable', 'settle', 'fit_bases', 'assign', 'search', 'explained', 'vote', 'grow_partition',
-           'learn_partition', 'name_subspaces', 'determination', 'mutual_information_matrix', 'read_published',
-           'Comparison', 'compare', 'group_components', 'baseline_partition', 'Stability', 'stability', 'holding',
-           'merged_truth', 'score_circuit', 'benchmark_partition']
+           'wrote_shares', 'partners', 'join_pieces', 'loose_pairs', 'cut_parts', 'orthonormal', 'with_constants',
+           'find_partition', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases', 'assign',
+           'search', 'explained', 'vote', 'grow_partition', 'learn_partition', 'name_subspaces', 'determination',
+           'mutual_information_matrix', 'read_published', 'Comparison', 'compare', 'group_components',
+           'baseline_partition', 'Stability', 'stability', 'holding', 'merged_truth', 'score_circuit',
+           'benchmark_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
 import hashlib, json, math, re, time, warnings, zlib
@@ -1029,17 +1030,27 @@ def by_writer(
     return parts
 
 # %% ../nbs/02_partition.ipynb #written-places
+class Wrote(NamedTuple):
+    "What a component wrote into the stream."
+    mean:Float[Tensor, "d_model"]
+    cov:Float[Tensor, "d_model d_model"]
+
+    @classmethod
+    def of(cls, x:Float[Tensor, "row d_model"])->"Wrote":
+        "From what it wrote in each row."
+        return cls(x.mean(0), torch.cov(x.T))
+
 def _place(name):
     "Layer and place of a hook, in the order of the stream."
     parts = name.split(".")
     return (-1, 0) if len(parts) == 1 else (int(parts[1]), dict(hook_z=0, hook_resid_mid=1, hook_mlp_out=1, hook_resid_post=2).get(parts[-1], 0))
 
-def _component(model, name, head, cov):
-    "Name of a component, and the covariance of what it writes."
+def _component(model, name, head, mean, cov):
+    "Name of a component, and what it writes."
     layer, place = _place(name)
-    if not name.endswith("hook_z"): return f"MLP{layer}" if place else name.removeprefix("hook_"), cov.float()
+    if not name.endswith("hook_z"): return f"MLP{layer}" if place else name.removeprefix("hook_"), Wrote(mean.float(), cov.float())
     W = model.W_O[layer, head].detach().double().cpu()
-    return f"L{layer}H{head}", (W.T@cov@W).float()
+    return f"L{layer}H{head}", Wrote((mean@W).float(), (W.T@cov@W).float())
 
 # %% ../nbs/02_partition.ipynb #written
 @torch.no_grad()
@@ -1047,7 +1058,7 @@ def written(
     model:nn.Module, batch:Batch, # A TransformerLens model, and sequences to run it on
     sites:list[str], # Places in the residual stream
     size:int=50, # Sequences to run at once
-)->dict[str, dict[str, Float[Tensor, "d_model d_model"]]]: # For each site, component to covariance, over real positions
+)->dict[str, dict[str, Wrote]]: # For each site and component, over real positions
     "Compute what embeddings, heads and MLPs have written into the stream by the time of each site."
     hooks = ["hook_embed", "hook_pos_embed", *(f"blocks.{i}.{o}" for i in range(model.cfg.n_layers) for o in ("attn.hook_z", "hook_mlp_out"))]
     hooks = [o for o in hooks if o in model.hook_dict and not (model.cfg.attn_only and "mlp" in o) and any(_place(o) < _place(s) for s in sites)]
@@ -1059,8 +1070,8 @@ def written(
             x = x.float().cpu().expand(len(real), *x.shape[1:])[real]
             for h, y in enumerate(x.unbind(1) if x.ndim == 3 else [x]):
                 sums[name, h] = merge_moments(sums[name, h], shard_moments(y)) if (name, h) in sums else shard_moments(y)
-    out = [(_place(name), *_component(model, name, h, scatter/n)) for (name, h), (n, _, scatter) in sums.items()]
-    return {s: {k: cov for at, k, cov in out if at < _place(s)} for s in sites}
+    out = [(_place(name), *_component(model, name, h, mean, scatter/n)) for (name, h), (n, mean, scatter) in sums.items()]
+    return {s: {k: o for at, k, o in out if at < _place(s)} for s in sites}
 
 # %% ../nbs/02_partition.ipynb #stored-sequences
 def stored_sequences(
@@ -1107,14 +1118,15 @@ class SiteRows:
     def __init__(self,
         h:Float[Tensor, "row d_model"], generator:torch.Generator, # Activations
         share:float=.01, # Of the mean variance: what holds less is nothing, where the spectrum has no gap
-        written:dict[str, Float[Tensor, "d_model d_model"]]|None=None, # Covariance of what each component wrote; then its principal directions are those of their sum
+        written:dict[str, Wrote]|None=None, # What each component wrote; then the principal directions are those of their sum
     ):
         self.mean = h.mean(0)
         e, v = torch.linalg.eigh(torch.cov((h - self.mean).T.double(), correction=0))
-        self.floor = noise_floor(e, share)
-        if written: e, v = torch.linalg.eigh(sum(written.values()).double())
+        self.floor = noise_floor(e, math.inf)
+        if self.floor == math.inf: self.floor = min(noise_floor(e, share), *(noise_floor(torch.linalg.eigvalsh(o.cov.double()), math.inf) for o in (written or {}).values()), math.inf)
+        if written: e, v = torch.linalg.eigh(sum(o.cov for o in written.values()).double())
         self.v, self.scale = v[:, e > self.floor].float(), e[-1].sqrt().item()
-        self.written = torch.stack([self.v.T@o@self.v for o in written.values()]) if written else None
+        self.written = torch.stack([o.cov for o in written.values()]) if written else None
         self.x = ((h - self.mean)@self.v)[torch.randperm(len(h), generator=generator)]
 
     def pool(self, x:Float[Tensor, "row d"], generator:torch.Generator, most:int=1024)->int:
@@ -1126,12 +1138,14 @@ class SiteRows:
         q, k = x[torch.randperm(len(x), generator=generator)[:n + pool]].tensor_split([-pool])
         return lambda parts: log_distance(q@torch.cat(parts, 1), k@torch.cat(parts, 1), [o.shape[1] for o in parts], math.sqrt(self.floor))
 
-    def purify(self, x:Float[Tensor, "row d"], parts:list[Float[Tensor, "d _"]], generator:torch.Generator, pool:int=1024, starts:tuple[float, ...]=(.5, .1), steps:int=100, lr:float=.005)->list[Float[Tensor, "d _"]]:
-        "Let NDM turn parts into each other, from a coarse and from a fine blur, and keep what is best: one of these, or the parts as they are."
+    def purify(self, x:Float[Tensor, "row d"], parts:list[Float[Tensor, "d _"]], generator:torch.Generator, pool:int=1024, starts:tuple[float, ...]=(.5, .1), steps:int=100, lr:float=.005, least:float=0.)->list[Float[Tensor, "d _"]]:
+        "Let NDM turn parts into each other, from a coarse and from a fine blur, and keep the better, or the parts as they are if that gains no more than `least` nats."
         sizes, blur, basis = [o.shape[1] for o in parts], math.sqrt(self.floor), torch.cat(parts, 1)
         pool = self.pool(x, generator, pool)
         tries = [ndm(x, sizes, pool, generator, basis=basis, blur=blur, start=max(blur, o*self.scale), steps=steps, lr=lr) for o in starts]
-        return min([parts, *(list(o.split(sizes, 1)) for o in tries)], key=self.measure(x, pool, generator))
+        cost = self.measure(x, pool, generator)
+        best = min((list(o.split(sizes, 1)) for o in tries), key=cost)
+        return best if cost(best) < cost(parts) - least else parts
 
     def within(self, basis:Float[Tensor, "d k"])->"SiteRows":
         "The same rows in some of the directions."
@@ -1143,7 +1157,7 @@ class SiteRows:
 # %% ../nbs/02_partition.ipynb #starts
 def starts(site:SiteRows, generator:torch.Generator, wide:int=80)->list[Float[Tensor, "d _"]]: # Bases that together are the site
     "Where to cut from: the parts that components wrote, or the whole; what is wide starts from its closed form."
-    parts, out = [torch.eye(site.x.shape[1])] if site.written is None else by_writer(site.written, site.floor), []
+    parts, out = [torch.eye(site.x.shape[1])] if site.written is None else by_writer(site.v.T@site.written@site.v, site.floor), []
     for b in parts: out += [b@o.basis for o in wide_blocks(whiten(site.x@b), generator, .005, .01)[0]] if b.shape[1] > wide else [b]
     return out
 
@@ -1300,6 +1314,23 @@ def silent_together(
     energy = [from_silence(o).square().sum(1) for o in blocks]
     return torch.corrcoef(torch.stack([(o/o.mean() + .1).log() for o in energy])).fill_diagonal_(-1)
 
+# %% ../nbs/02_partition.ipynb #partners
+def wrote_shares(
+    bases:list[Float[Tensor, "d _"]], written:Float[Tensor, "component d d"], # Covariances of what components wrote
+)->Float[Tensor, "block component"]:
+    "Which share of the variance of each subspace each component wrote."
+    held = torch.stack([(b.T@written@b).diagonal(dim1=1, dim2=2).sum(1) for b in bases])
+    return held/held.sum(1, keepdim=True)
+
+def partners(
+    share:Float[Tensor, "block block"], # What every two blocks share, -1 with itself
+    wrote:Float[Tensor, "block component"]|None, # Share of a block's variance that each component wrote, if that is known
+)->list[int]:
+    "For each block the one that it shares most with; of those within a tenth of the most, the one that is most alike in who wrote it."
+    if wrote is None: return share.argmax(1).tolist()
+    alike = torch.minimum(wrote[:, None], wrote).sum(-1)
+    return alike.masked_fill(share < .9*share.amax(1, keepdim=True), -1).argmax(1).tolist()
+
 # %% ../nbs/02_partition.ipynb #join
 def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch.Generator, most:float=1.)->tuple[list[Float[Tensor, "d_model _"]], Float[Tensor, "block block"]]: # Bases in the stream, and what they share in parts of the limits
     "Purify all blocks together, and join what shares more than `most` of the limits, until nothing does (below 1, also what is silent together); infinite: say only what they share."
@@ -1308,12 +1339,12 @@ def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch
     while True:
         parts, silent = set_silent(site, parts, silent)
         if len(parts) == 1: return whole(), torch.ones(1, 1)
-        if most < math.inf: parts = site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003)
+        if most < math.inf: parts = site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003, least=0. if site.written is None else .05*site.x.shape[1])
         if site.written is None: parts = exchange(site, parts, generator) # what a component wrote needs no moves
         share, blocks = block_shares(site, parts, generator)
         if most < 1: share = torch.maximum(share, silent_together([site.x@o for o in parts])/LIMITS.match)
-        largest, sizes = share.max(1), [o.shape[1] for o in parts]
-        pairs = [(i, j) for i, (s, j) in enumerate(zip(largest.values.tolist(), largest.indices.tolist())) if s > most and sizes[i] <= sizes[j]]
+        sizes, partner = [o.shape[1] for o in parts], partners(share, None if site.written is None else wrote_shares([site.v@o for o in parts], site.written))
+        pairs = [(i, j) for i, (s, j) in enumerate(zip(share.amax(1).tolist(), partner)) if s > most and sizes[i] <= sizes[j]]
         if not pairs and (site.written is None or most < 1): pairs = loose_pairs(blocks, generator) # no code is torn between components
         if not pairs: return whole(), share.fill_diagonal_(1)
         groups = joined(len(parts), pairs)
@@ -1348,18 +1379,31 @@ def cut_parts(site:SiteRows, generator:torch.Generator, bar=None)->tuple[list[Fl
     site.v, site.x = site.v@span, site.x@span
     return list(torch.eye(span.shape[1]).split([o.shape[1] for o in parts], 1)), cuts
 
-# %% ../nbs/02_partition.ipynb #find-partition
-def wrote_share(basis:Float[Tensor, "d_model k"], written:dict[str, Float[Tensor, "d_model d_model"]])->dict[str, float]: # Largest first, none below .05
-    "Which share of a subspace's variance each component wrote."
-    wrote = {k: (basis.T@o@basis).trace().item() for k, o in written.items()}
-    return {k: round(v/sum(wrote.values()), 3) for k, v in sorted(wrote.items(), key=lambda o: -o[1]) if v > .05*sum(wrote.values())}
+# %% ../nbs/02_partition.ipynb #constants
+def orthonormal(bases:list[Float[Tensor, "d _"]])->list[Float[Tensor, "d _"]]:
+    "The nearest orthonormal bases of as many dimensions: what rounding took away is given back."
+    u, _, v = torch.linalg.svd(torch.cat(bases, 1).double(), full_matrices=False)
+    return list((u@v).float().split([o.shape[1] for o in bases], 1))
 
+def with_constants(
+    bases:dict[str, Float[Tensor, "d_model _"]], written:dict[str, Wrote], # Subspaces of a site; what components wrote into it
+    floor:float, # Squared length that counts as nothing
+)->dict[str, Float[Tensor, "d_model _"]]: # The same, some of them wider
+    "Give what a component writes always, its mean, to the subspace that holds most of what it writes, as far as the mean lies in none; the longest first."
+    bases = dict(bases)
+    shares = {c: {k: (b.T@o.cov@b).trace()/o.cov.trace().clamp(min=floor) for k, b in bases.items()} for c, o in written.items()}
+    for c, o in sorted(written.items(), key=lambda o: -o[1].mean.norm()):
+        home, left = max(shares[c], key=shares[c].get), o.mean - sum(b@(b.T@o.mean) for b in bases.values())
+        if shares[c][home] > .5 and left.square().sum() > floor: bases[home] = torch.cat([bases[home], left[:, None]/left.norm()], 1)
+    return bases
+
+# %% ../nbs/02_partition.ipynb #find-partition
 def find_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site, any float type
     site:str, # Its hook name
     seed:int=0,
     weights:str="", # Fingerprint of the model, kept in the partition
-    written:dict[str, Float[Tensor, "d_model d_model"]]|None=None, # What each component wrote, from `written`, if the model is at hand
+    written:dict[str, Wrote]|None=None, # What each component wrote, from `written`, if the model is at hand
     apart:bool=False, # What to return where all is joined: one block, or what each component wrote, cut by itself
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of what holds next to nothing
     "Find the subspaces of a site, told nothing: not their number, not their sizes, not the scale."
@@ -1379,11 +1423,15 @@ def find_partition(
     if apart and all_joined and len(pieces) > 1: parts, between = join_pieces(begun, pieces, generator.set_state(state), math.inf)
     order = sorted(range(len(parts)), key=lambda i: -((h - rows.mean)@parts[i]).square().sum().item())
     bases = {f"s{n}": parts[i] for n, i in enumerate(order)}
+    if written and bases: bases = with_constants(bases, written, rows.floor)
+    if bases: bases = dict(zip(bases, orthonormal(list(bases.values()))))
     rest = complement(list(bases.values()), h.shape[1])
     verdict = (f"not identified: {checked['distinct']} different rows in {rows.x.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
                else "not separated: every cut leaves sides that share too much" + f"; {len(parts)} subspaces by what components wrote"*(len(parts) > 1) if all_joined else f"{len(parts)} subspaces")
     info = dict(method="closed form, ndm" + ", writers"*bool(written), seed=seed, weights=weights, **checked, verdict=verdict, floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
-    if written: info |= dict(wrote={k: wrote_share(b, written) for k, b in bases.items()})
+    if written and bases:
+        wrote = wrote_shares(list(bases.values()), torch.stack([o.cov for o in written.values()]))
+        info |= dict(wrote={k: {c: round(v, 3) for v, c in sorted(zip(o, written), reverse=True) if v > .05} for k, o in zip(bases, wrote.tolist())})
     p = Partition(bases | ({"rest": rest} if rest.shape[1] else {}), site, rows.mean, info)
     info |= dict(objective=round(block_entropy(p, h[torch.randperm(len(h), generator=generator)[:2000]]), 3), seconds=round(time.perf_counter() - start, 1))
     return p
@@ -1571,7 +1619,7 @@ def grow_partition(
 def learn_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site
     site:str, # Its hook name
-    seed:int=0, weights:str="", written:dict|None=None, # As for `find_partition`
+    seed:int=0, weights:str="", written:dict[str, Wrote]|None=None, # As for `find_partition`
 )->Partition: # The verdict says which method it is
     "Find a partition by cuts; if no cut holds, by what components wrote, or by growth where that is not known or all the same."
     p = find_partition(h, site, seed, weights, written, apart=bool(written))
