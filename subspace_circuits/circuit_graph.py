@@ -430,7 +430,7 @@ def write_figure(
 # %% ../nbs/03b_circuit_graph.ipynb #write-files
 def write_circuit(
     source:str, partitions:str|Path, out:str|Path, # What `open_task` takes; folder of one partition for each site; JSON file to write
-    data:str|None=None, answers:int=400, # As in `open_task` and `find_circuit`
+    data:str|None=None, answers:int=1000, # As in `open_task` and `find_circuit`
     explorer:str|None=None, static:bool=False, # As in `circuit_figure`
     seed:int=0, overwrite:bool=False, # Of every draw; replace what the file holds
 )->nx.MultiDiGraph:

@@ -963,13 +963,13 @@ def _start(drawn, run, tried, every, price):
 def find_circuit(
     model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], # By site
     price:float=.1, # Nats that no right answer may lose
-    answers:int=400, # To choose on at first; forty times as many are asked for counterexamples, twice as many others measured for the curve
+    answers:int=1000, # To choose on at first; forty times as many are asked for counterexamples, as many others measured for the curve
     mode:str="zero", seed:int=0, # What stands for what is not kept; of sequences and null draws
 )->tuple[list[dict], dict]: # The kept edges, each with its `necessity`; candidates from the most needed on, curve, choice
     "Find the edges that a model's answers need: significant components, if those do it, an error budget, paths to the logits, then removal until every edge is needed."
     edges, partitions = score_edges(model, moments, partitions, seed=seed), check_partitions(model, partitions)
     alive, joined, run = living(edges), links(moments, partitions), lambda kept: KeepOnly(model, moments, partitions, kept, mode)
-    drawn, curve = Judge(model, task, _MANY*answers, seed + 1), _Curve(Judge(model, task, 2*answers, seed + 2), run)
+    drawn, curve = Judge(model, task, _MANY*answers, seed + 1), _Curve(Judge(model, task, answers, seed + 2), run)
     every = edges if alive else []
     likely = [o for o in every if o["p"] is None or o["component"] in alive]
     tried = {e: trim(keep_edges(likely, e), joined) for e in BUDGETS}

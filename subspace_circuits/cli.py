@@ -198,7 +198,7 @@ def circuit(model: Annotated[str, typer.Argument(help="A bundled model, planted-
             partitions: Annotated[Path, typer.Option(help="A folder with one partition for each site, as run writes.")],
             out: Annotated[Path, typer.Option(metavar="FILE.json", help="Node-link JSON to write, with .graphml and .html beside it; drawn again if it holds the same job.")],
             data: Annotated[Optional[str], typer.Option(help="As for capture; the model's own task if not given.")] = None,
-            answers: Annotated[int, typer.Option(min=10, help="Right answers to choose edges on at first; forty times as many are asked for counterexamples.")] = 400,
+            answers: Annotated[int, typer.Option(min=10, help="Right answers to choose edges on at first; forty times as many are asked for counterexamples.")] = 1000,
             explorer: Annotated[Optional[str], typer.Option(help="The address that explore prints: subspaces in the figure lead there.")] = None,
             static: Annotated[bool, typer.Option("--static", help="Draw for print, black on white.")] = False,
             seed: Seed = 0, overwrite: Overwrite = False):
