@@ -14,9 +14,9 @@ run: .venv/.installed  ## the main job on the bundled model, into runs/induction
 lab: .venv/.installed  ## JupyterLab on the notebooks, cleaning them on save (ARGS=--allow-root in a container)
 	@cd nbs && $(ACTIVATE) jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)
 
-test: .venv/.installed  ## every notebook's tests, then pytest
+test: .venv/.installed  ## every notebook's tests but those marked slow or long, then pytest
 	@$(ACTIVATE) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
-	@$(ACTIVATE) OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
+	@$(ACTIVATE) OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal tests
 
 readme: .venv/.installed  ## README.md from nbs/index.ipynb
 	@.venv/bin/python .ci/readme.py
