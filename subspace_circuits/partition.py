@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'variable_shares', 'match_overlap', 'complement',
-           'check_activations', 'distinct_rows', 'neighbor_distance', 'block_distances', 'ndm', 'units', 'log_distance',
-           'pool_without_copies', 'cumulants', 'random_queries', 'commuting', 'sharpened_cumulants', 'Cut', 'best_cut',
-           'refine_cut', 'cross_cumulants', 'CutTest', 'test_cut', 'is_gaussian', 'flat_cut', 'Block',
-           'independent_blocks', 'shared_features', 'joined', 'merge_blocks', 'pure_frame', 'planted_mixture',
+           'orthonormal', 'check_activations', 'distinct_rows', 'neighbor_distance', 'block_distances', 'ndm', 'units',
+           'log_distance', 'pool_without_copies', 'cumulants', 'random_queries', 'commuting', 'sharpened_cumulants',
+           'Cut', 'best_cut', 'refine_cut', 'cross_cumulants', 'CutTest', 'test_cut', 'is_gaussian', 'flat_cut',
+           'Block', 'independent_blocks', 'shared_features', 'joined', 'merge_blocks', 'pure_frame', 'planted_mixture',
            'energy_groups', 'refine_frame', 'wide_blocks', 'noise_floor', 'evidence', 'closed_form',
            'benchmark_closed_form', 'whiten', 'from_silence', 'exclusions', 'matched', 'match_shares',
            'information_shares', 'matched_information', 'predicted_share', 'Shared', 'shared', 'local_covariances',
            'propose_cuts', 'by_writer', 'Wrote', 'written', 'stored_sequences', 'block_entropy', 'SiteRows', 'starts',
            'set_silent', 'told_directions', 'told_spreads', 'excluded_directions', 'moves', 'move_directions',
            'exchange', 'proposals', 'best_pair', 'cut_down', 'random_cumulants', 'block_shares', 'silent_together',
-           'wrote_shares', 'partners', 'join_pieces', 'loose_pairs', 'cut_parts', 'orthonormal', 'with_constants',
-           'find_partition', 'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases', 'assign',
-           'search', 'explained', 'vote', 'grow_partition', 'learn_partition', 'name_subspaces', 'determination',
-           'mutual_information_matrix', 'read_published', 'Comparison', 'compare', 'group_components',
-           'baseline_partition', 'Stability', 'stability', 'holding', 'merged_truth', 'score_circuit',
-           'benchmark_partition']
+           'wrote_shares', 'partners', 'join_pieces', 'loose_pairs', 'cut_parts', 'with_constants', 'find_partition',
+           'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases', 'assign', 'search', 'explained',
+           'vote', 'grow_partition', 'learn_partition', 'name_subspaces', 'determination', 'mutual_information_matrix',
+           'read_published', 'Comparison', 'compare', 'group_components', 'baseline_partition', 'Stability',
+           'stability', 'holding', 'merged_truth', 'score_circuit', 'benchmark_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
 import hashlib, json, math, re, time, warnings, zlib
@@ -238,6 +237,11 @@ def complement(
 )->Float[Tensor, "d m"]: # Orthonormal basis of what is left
     "What some bases leave of a site."
     return torch.linalg.svd(torch.cat([torch.zeros(d, 1), *bases], 1))[0][:, sum(o.shape[1] for o in bases):]
+
+def orthonormal(bases:list[Float[Tensor, "d _"]])->list[Float[Tensor, "d _"]]: # Orthonormal and mutually orthogonal
+    "The nearest orthonormal bases of as many dimensions."
+    u, _, v = torch.linalg.svd(torch.cat(bases, 1), full_matrices=False)
+    return list((u@v).split([o.shape[1] for o in bases], 1))
 
 # %% ../nbs/02_partition.ipynb #check-activations
 def check_activations(
@@ -805,8 +809,7 @@ def closed_form(
     generator, z = torch.Generator().manual_seed(seed), (h - mean)@(v/e.sqrt())
     blocks, accepted = (wide_blocks if k > 64 else independent_blocks)(z, generator, error/2, tolerance)
     blocks, merged = merge_blocks(z, blocks, generator, error/2, tolerance)
-    u, _, w = torch.linalg.svd(torch.cat([v*e.sqrt()@o.basis for o in blocks], 1), full_matrices=False)
-    bases = list((u@w).split([o.basis.shape[1] for o in blocks], 1))
+    bases = orthonormal([v*e.sqrt()@o.basis for o in blocks])
     signal = sorted((b for b, o in zip(bases, blocks) if not o.gaussian), key=lambda b: -((h - mean)@b).square().sum().item())
     rest = [b for b, o in zip(bases, blocks) if o.gaussian] + [complement(bases, d)]
     named = {f"s{i}": b for i, b in enumerate(signal)} | ({"rest": torch.cat(rest, 1)} if k < d or len(rest) > 1 else {})
@@ -1380,11 +1383,6 @@ def cut_parts(site:SiteRows, generator:torch.Generator, bar=None)->tuple[list[Fl
     return list(torch.eye(span.shape[1]).split([o.shape[1] for o in parts], 1)), cuts
 
 # %% ../nbs/02_partition.ipynb #constants
-def orthonormal(bases:list[Float[Tensor, "d _"]])->list[Float[Tensor, "d _"]]:
-    "The nearest orthonormal bases of as many dimensions: what rounding took away is given back."
-    u, _, v = torch.linalg.svd(torch.cat(bases, 1).double(), full_matrices=False)
-    return list((u@v).float().split([o.shape[1] for o in bases], 1))
-
 def with_constants(
     bases:dict[str, Float[Tensor, "d_model _"]], written:dict[str, Wrote], # Subspaces of a site; what components wrote into it
     floor:float, # Squared length that counts as nothing
@@ -1424,7 +1422,7 @@ def find_partition(
     order = sorted(range(len(parts)), key=lambda i: -((h - rows.mean)@parts[i]).square().sum().item())
     bases = {f"s{n}": parts[i] for n, i in enumerate(order)}
     if written and bases: bases = with_constants(bases, written, rows.floor)
-    if bases: bases = dict(zip(bases, orthonormal(list(bases.values()))))
+    if bases: bases = {k: o.float() for k, o in zip(bases, orthonormal([b.double() for b in bases.values()]))} # what rounding took away is given back
     rest = complement(list(bases.values()), h.shape[1])
     verdict = (f"not identified: {checked['distinct']} different rows in {rows.x.shape[1]} dimensions" if few else f"not identified: Gaussian, as far as {len(h)} rows show" if not parts
                else "not separated: every cut leaves sides that share too much" + f"; {len(parts)} subspaces by what components wrote"*(len(parts) > 1) if all_joined else f"{len(parts)} subspaces")
@@ -1524,10 +1522,9 @@ def fit_bases(
     rounds:int=1000, # At most
 )->list[Float[Tensor, "d k"]]: # Orthonormal and mutually orthogonal
     "Maximise the summed share of each covariance inside its own basis, all bases orthogonal."
-    sizes, covs = [o.shape[1] for o in bases], [o/o.trace() for o in covs]
+    covs = [o/o.trace() for o in covs]
     for _ in range(rounds):
-        u, _, v = torch.linalg.svd(torch.cat([c@b for c, b in zip(covs, bases)], 1), full_matrices=False)
-        moved, bases = bases, (u@v).split(sizes, 1)
+        moved, bases = bases, orthonormal([c@b for c, b in zip(covs, bases)])
         if max((a - b).abs().max() for a, b in zip(moved, bases)) < 1e-5: break
     return list(bases)
 
@@ -1540,8 +1537,7 @@ def assign(
     d, T, sizes = len(site.cov), site.unwhiten, [w.shape[1] for w, _ in claims]
     core = [T@w@(w.T@B@w)@w.T@T for w, B in claims]
     while sum(sizes) > d: sizes[sizes.index(max(sizes))] -= 1
-    u, _, v = torch.linalg.svd(torch.cat([torch.linalg.eigh(c)[1][:, -k:] for c, k in zip(core, sizes)], 1), full_matrices=False)
-    bases = fit_bases(core, list((u@v).split(sizes, 1)))
+    bases = fit_bases(core, orthonormal([torch.linalg.eigh(c)[1][:, -k:] for c, k in zip(core, sizes)]))
     while (Q := complement(bases, d)).shape[1]:
         L = torch.linalg.inv(torch.linalg.cholesky(Q.T@T@T@Q))
         best = [torch.linalg.eigh(L@(Q.T@T@B@T@Q)@L.T) for _, B in claims]
