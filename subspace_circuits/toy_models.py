@@ -729,6 +729,8 @@ def load_model(
     if not (folder/"config.json").exists():
         raise ValueError(f"unknown model {name!r}: use one of {', '.join(closest_first(name))}, or a folder with config.json and model.safetensors")
     config = json.loads((folder/"config.json").read_text())
+    if lacking := {"model", "task"} - config.keys():
+        raise ValueError(f"{folder}/config.json has no {' and no '.join(sorted(lacking))}: use a folder that save_model wrote; open_model reads those of Hugging Face")
     model, task = new_model(**config["model"]), new_task(**config["task"])
     task.lengths = tuple(config.get("training", {}).get("lengths", task.lengths))
     if trained: load_weights(model, folder/"model.safetensors")
