@@ -18,7 +18,7 @@ __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'va
            'determined', 'WhiteSite', 'grow', 'same_variable', 'settle', 'fit_bases', 'assign', 'search', 'explained',
            'vote', 'grow_partition', 'learn_partition', 'name_subspaces', 'determination', 'mutual_information_matrix',
            'read_published', 'Comparison', 'compare', 'group_components', 'baseline_partition', 'Stability',
-           'stability', 'holding', 'merged_truth', 'score_circuit', 'benchmark_partition']
+           'stability', 'holding', 'merged_truth', 'planted_batch', 'score_circuit', 'benchmark_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
 import hashlib, json, math, re, time, warnings, zlib
@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import ActivationStore, _figure, _reason, _write_json, batch_rows, merge_moments, open_task, read_sites, shard_moments
-from .known_circuits import DECOYS, FAMILIES, plant
+from .known_circuits import DECOYS, FAMILIES, KnownCircuit, plant
 from .neighbors import _all_pairs, nearest
 from .neighbors import mutual_information_matrix as block_information
 from .toy_models import TOYS, Batch, _read, _write, group_bases, train_autoencoders
@@ -1342,7 +1342,7 @@ def join_pieces(site:SiteRows, parts:list[Float[Tensor, "d _"]], generator:torch
     while True:
         parts, silent = set_silent(site, parts, silent)
         if len(parts) == 1: return whole(), torch.ones(1, 1)
-        if most < math.inf: parts = site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003, least=0. if site.written is None else .05*site.x.shape[1])
+        if most < math.inf: parts = site.purify(site.x, parts, generator, pool=2048, steps=200, lr=.003, least=0. if site.written is None else .1*site.x.shape[1])
         if site.written is None: parts = exchange(site, parts, generator) # what a component wrote needs no moves
         share, blocks = block_shares(site, parts, generator)
         if most < 1: share = torch.maximum(share, silent_together([site.x@o for o in parts])/LIMITS.match)
@@ -1879,17 +1879,21 @@ def merged_truth(
     return parts
 
 # %% ../nbs/02_partition.ipynb #score-circuit
+def planted_batch(
+    known:KnownCircuit, lists:int, generator:torch.Generator, # Number of lists
+)->Batch:
+    "Draw the lists that subspaces are graded on: what stands first is no row, nor is padding."
+    batch = known.task.sample(lists, generator=generator)
+    return batch._replace(real=batch.real & (batch.positions > 0))
+
 def score_circuit(
     family:str, seed:int=0, decoys:tuple=(), # As in `plant`
     sites:Callable=lambda o: True, lists:int=4000, # Which sites; number of lists to run
     writers:bool=True, # Whether what components wrote may be used, or rows alone
 )->list[dict]: # For each site: what was found, what was true, overlaps, largest angle in degrees, seconds
     "Find the partition of every site of a planted circuit, and compare it with the truth."
-    known, out = plant(family, seed=seed, decoys=decoys, certified=False), []
-    names = [o for o in known.bases if sites(o)]
-    generator = torch.Generator().manual_seed(seed)
-    batch = known.task.sample(lists, generator=generator)
-    batch = batch._replace(real=batch.real & (batch.positions > 0))
+    known, out, generator = plant(family, seed=seed, decoys=decoys, certified=False), [], torch.Generator().manual_seed(seed)
+    names, batch = [o for o in known.bases if sites(o)], planted_batch(known, lists, generator)
     rows, wrote = batch_rows(known.model, batch, names), written(known.model, batch, names) if writers else {}
     for site in tqdm(names, desc=f"{family} {seed}"):
         h = rows[site]
