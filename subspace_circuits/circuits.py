@@ -831,7 +831,8 @@ def divergence(
 
 # %% ../nbs/03_circuits.ipynb #judge
 class Judge:
-    "Compares models with a model on some of its answers: what the right answer loses that loses most (a call), the mean KL divergence, the share of right answers."
+    "Compares models with a model on some of its answers: what right answers lose (a call), the mean KL divergence, the share of right answers."
+    rare = .01 # Share of right answers that may lose more than is said, unless they turn wrong
     @torch.no_grad()
     def __init__(self, model:nn.Module, task:Task, answers:int=400, seed:int=1, # About how many answers
                  lengths:tuple[int,int]|None=None):
@@ -854,28 +855,33 @@ class Judge:
         new.right, new.want = new.batch.targets[new.batch.scored], self.want[torch.isin(self.batch.scored.nonzero()[:, 0], rows)]
         return new
 
-    def of(self, logits)->tuple[float, float]: # Largest loss of a right answer, mean divergence; nats
+    def _lost(self, now): # By each right answer, in nats; whether it was right and turns wrong
+        return (self.want - now).gather(1, self.right[:, None])[:, 0], (self.want.argmax(-1) == self.right) & (now.argmax(-1) != self.right)
+
+    def loss(self, now)->float: # What all but one right answer in a hundred stay below, and all that turn wrong; nats
+        lost, wrong = self._lost(now)
+        return max(lost.quantile(1 - self.rare), (lost*wrong).max(), torch.zeros(())).item()
+
+    def of(self, logits)->tuple[float, float]: # What right answers lose, mean divergence; nats
         p = logits[self.batch.scored].log_softmax(-1)
-        lost = (self.want - p).gather(1, self.right[:, None]).max().item()
-        return max(0., lost), F.kl_div(p, self.want, log_target=True, reduction="batchmean").item()
+        return self.loss(p), F.kl_div(p, self.want, log_target=True, reduction="batchmean").item()
 
     def each(self, keep, how="amax")->Float[Tensor, "batch"]: # Largest loss of a right answer of each sequence, or their "sum"
-        lost = (self.want - self._answers(keep)).gather(1, self.right[:, None])[:, 0]
+        lost = self._lost(self._answers(keep))[0]
         return torch.zeros(len(self.batch.tokens)).scatter_reduce(0, self.batch.scored.nonzero()[:, 0], lost, how)
 
     def kept(self, keep, price:float)->list[int]: return (self.each(keep) < price).nonzero()[:, 0].tolist()
     def wrong(self, keep)->dict[int, float]: # Sequences with an answer that is right of the model and wrong of this, and what that loses
-        now, at = self._answers(keep), self.batch.scored.nonzero()[:, 0]
-        gone = (self.want.argmax(-1) == self.right) & (now.argmax(-1) != self.right)
-        lost = (self.want - now).gather(1, self.right[:, None])[gone, 0]
-        return dict(sorted(zip(at[gone].tolist(), lost.tolist())))
-    def __call__(self, keep)->float: return self.each(keep).max().item()
+        lost, wrong = self._lost(self._answers(keep))
+        return dict(sorted(zip(self.batch.scored.nonzero()[wrong, 0].tolist(), lost[wrong].tolist())))
+
+    def __call__(self, keep)->float: return self.loss(self._answers(keep))
     def share_right(self, keep)->float: return (self._answers(keep).argmax(-1) == self.right).float().mean().item()
     def mean(self, keep)->float: return self.of(keep(self.batch.tokens, position_ids=self.batch.positions))[1]
 
     @torch.no_grad()
     def singles(self, keep:KeepOnly, edges:list[dict])->list[float]:
-        "The largest loss without each edge alone; what comes before an edge is run once."
+        "What right answers lose without each edge alone; what comes before an edge is run once."
         b, found, last = self.batch, [], 2*keep.w.cfg.n_layers
         before = keep.streams(keep.embed(b.tokens, b.positions), b.positions)
         for o in edges:
@@ -888,7 +894,7 @@ class Judge:
 # %% ../nbs/03_circuits.ipynb #prune
 def prune(
     judge:Judge, keep:KeepOnly, edges:list[dict], # A keep-only model and its edges
-    price:float=.1, # Nats that no right answer may lose
+    price:float=.1, # Nats that right answers may lose, as a `Judge` counts it
 )->tuple[KeepOnly, list[dict], list[list[dict]]]: # What is left; what was dropped in each pass
     "Drop edges until every one is needed, those first that are small and that nothing misses when they alone are gone."
     passes, gone = [], True
@@ -962,7 +968,7 @@ def _start(drawn, run, tried, every, price):
 # %% ../nbs/03_circuits.ipynb #find-circuit
 def find_circuit(
     model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], # By site
-    price:float=.1, # Nats that no right answer may lose
+    price:float=.1, # Nats that right answers may lose, as a `Judge` counts it
     answers:int=1000, # To choose on at first; forty times as many are asked for counterexamples, as many others measured for the curve
     mode:str="zero", seed:int=0, # What stands for what is not kept; of sequences and null draws
 )->tuple[list[dict], dict]: # The kept edges, each with its `necessity`; candidates from the most needed on, curve, choice
