@@ -8,8 +8,8 @@ __all__ = ['Scores', 'METHODS', 'DECIDING', 'COLUMNS', 'BARS', 'planted_partitio
            'writers', 'random_like', 'composed', 'composition', 'composition_over_random', 'directions',
            'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits', 'attribution', 'eap', 'eap_ig',
            'co_moments', 'twera', 'ablation', 'chance', 'reported', 'shuffled', 'grade', 'learned_partitions',
-           'best_overlaps', 'found_key', 'compare', 'compare_random', 'summary', 'as_table', 'draw_comparison',
-           'scoring_cost', 'benchmark_circuits']
+           'best_overlaps', 'found_key', 'held_apart', 'compare', 'compare_random', 'summary', 'as_table',
+           'draw_comparison', 'scoring_cost', 'benchmark_circuits']
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #imports
 import copy, math, sys, time
@@ -29,7 +29,7 @@ from .circuits import (
     Judge, KeepOnly, Moments, Weights, average_precision, block_energy, check_partitions, circuit_sites, embed_edges, find_circuit,
     identity, neurons, read_site, score_edges, seen_by, unembed_edges, write_site)
 from .known_circuits import FAMILIES, KnownCircuit, null_model, plant
-from .partition import Partition, learn_partition, written
+from .partition import Partition, holding, learn_partition, merged_truth, planted_batch, written
 from .toy_models import Batch, Task, UniqueCopy, _threads, accuracy, new_model
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #planted-partitions
@@ -295,7 +295,7 @@ def twera(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Part
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #oracle
 def ablation(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
-    "Score edges by the largest loss of a right answer when each is removed from the whole model (exact activation patching with zero, one run an edge)."
+    "Score edges by what right answers lose when each is removed from the whole model (exact activation patching with zero, one run an edge)."
     edges, judge = score_edges(model, moments, partitions, 8, seed), Judge(model, task, seed=seed + 1)
     middle = [o for o in edges if o["type"] in ("QK", "OV", "MLP")]
     return dict(zip(map(identity, middle), judge.singles(KeepOnly(model, moments, partitions, edges), middle)))
@@ -368,24 +368,41 @@ def found_key(
         out.add((o["component"], o["type"], names[one][o["a"]], names[two][o["b"]]))
     return out
 
+# %% ../nbs/03a_circuit_benchmark.ipynb #apart
+def held_apart(
+    known:KnownCircuit, partitions:dict[str, Partition], lists:int=4000, seed:int=0, # By site; number of lists to look at
+)->float: # From 0 to 1
+    "Compute the share of the key's variables, over sites, that lie in one subspace with nothing that rows can tell from them."
+    generator, good, used = torch.Generator().manual_seed(seed), [], {o[k] for o in known.edges for k in "ab"}
+    rows = batch_rows(known.model, planted_batch(known, lists, generator), list(partitions))
+    for s, p in partitions.items():
+        held, found = holding(rows[s]), [b for k, b in p.bases.items() if k != "rest"]
+        groups = [o.split("+") for o in merged_truth(known.bases[s], rows[s], generator, tuple(found))]
+        homes = [best_overlaps({k: held(known.bases[s][k]) for k in o}, p) for o in groups]
+        for i, home in enumerate(homes):
+            others = {b for j, o in enumerate(homes) if j != i for b, _ in o.values()}
+            good += [share > .99 and b not in others for k, (b, share) in home.items() if k in used]
+    return sum(good)/len(good)
+
 # %% ../nbs/03a_circuit_benchmark.ipynb #compare
 def compare(
     families:tuple[str, ...], seeds:int=1, learned:bool=False, # Seeds of each family; whether subspaces are learned
     methods:dict[str, Callable]=METHODS,
-)->list[dict]: # For each method and planted model: precision by type, exact, n, right, seconds, overlap of the true subspaces
+)->list[dict]: # For each method and planted model: precision by type, exact, n, right, seconds, overlap of the true subspaces, share of the key's variables held apart
     "Grade methods on planted circuits with decoys."
     rows = []
     for family, seed in tqdm([(f, s) for f in families for s in range(seeds)], desc="learned" if learned else "planted"):
         known = plant(family, seed=seed, certified=False)
         partitions = learned_partitions(known, seed=seed) if learned else planted_partitions(known)
         true, moments = found_key(known, partitions), Moments(known.model, known.task, n=100, seed=seed)
+        apart = held_apart(known, partitions, seed=seed) if learned else 1.
         partitions = check_partitions(known.model, partitions)
         overlap = [v for s, p in partitions.items() for k, (_, v) in best_overlaps(known.bases[s], p).items() if k != "rest"]
         for name, method in methods.items():
             start = time.perf_counter()
             scores = method(known.model, known.task, moments, partitions, seed)
             seconds = time.perf_counter() - start
-            rows.append(dict(family=family, seed=seed, method=name, learned=learned, seconds=seconds, overlap=sum(overlap)/len(overlap),
+            rows.append(dict(family=family, seed=seed, method=name, learned=learned, seconds=seconds, overlap=sum(overlap)/len(overlap), apart=apart,
                              **grade(known, moments, partitions, true, scores, name in DECIDING, seed)))
     return rows
 
@@ -489,6 +506,7 @@ def _figures(rows, kind):
         if v := [o["precision"][k] for o in mine if k in o["precision"]]: add(f"circuit: average precision, {k}", v, precise)
     add("circuit: right answers of the circuit alone", [o["right"] for o in mine], .99)
     add("overlap with the true ones", [o["overlap"] for o in mine])
+    if kind == "learned": add("variables of the key held apart", [o["apart"] for o in mine])
     for name in dict.fromkeys(o["method"] for o in rows if o["method"] != "circuit"):
         theirs = [o for o in rows if o["method"] == name]
         add(f"{name}: average precision", [v for o in theirs for v in o["precision"].values()])
