@@ -855,11 +855,11 @@ class Judge:
         new.right, new.want = new.batch.targets[new.batch.scored], self.want[torch.isin(self.batch.scored.nonzero()[:, 0], rows)]
         return new
 
-    def _lost(self, now): # By each right answer, in nats; whether it was right and turns wrong
-        return (self.want - now).gather(1, self.right[:, None])[:, 0], (self.want.argmax(-1) == self.right) & (now.argmax(-1) != self.right)
+    def _lost(self, now): return (self.want - now).gather(1, self.right[:, None])[:, 0] # By each right answer, in nats
+    def _turned(self, now): return (self.want.argmax(-1) == self.right) & (now.argmax(-1) != self.right) # Which were right and are wrong
 
     def loss(self, now)->float: # What all but one right answer in a hundred stay below, and all that turn wrong; nats
-        lost, wrong = self._lost(now)
+        lost, wrong = self._lost(now), self._turned(now)
         return max(lost.quantile(1 - self.rare), (lost*wrong).max(), torch.zeros(())).item()
 
     def of(self, logits)->tuple[float, float]: # What right answers lose, mean divergence; nats
@@ -867,12 +867,13 @@ class Judge:
         return self.loss(p), F.kl_div(p, self.want, log_target=True, reduction="batchmean").item()
 
     def each(self, keep, how="amax")->Float[Tensor, "batch"]: # Largest loss of a right answer of each sequence, or their "sum"
-        lost = self._lost(self._answers(keep))[0]
+        lost = self._lost(self._answers(keep))
         return torch.zeros(len(self.batch.tokens)).scatter_reduce(0, self.batch.scored.nonzero()[:, 0], lost, how)
 
     def kept(self, keep, price:float)->list[int]: return (self.each(keep) < price).nonzero()[:, 0].tolist()
     def wrong(self, keep)->dict[int, float]: # Sequences with an answer that is right of the model and wrong of this, and what that loses
-        lost, wrong = self._lost(self._answers(keep))
+        now = self._answers(keep)
+        lost, wrong = self._lost(now), self._turned(now)
         return dict(sorted(zip(self.batch.scored.nonzero()[wrong, 0].tolist(), lost[wrong].tolist())))
 
     def __call__(self, keep)->float: return self.loss(self._answers(keep))
