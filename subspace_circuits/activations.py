@@ -895,7 +895,7 @@ def open_task(
     if str(data).endswith((".txt", ".jsonl")) or str(data).startswith("hf:"): fit[data] = lambda: TextTask(data, tokenizer, model.cfg.n_ctx, packed, bos)
     elif packed or not bos: raise ValueError(f"packed and bos are choices for a text, not for {data!r}: pass a .txt or .jsonl file, or hf: and a data set")
     if data in fit: return model, fit[data]()
-    asked = f"no data {data!r} for {source}" if data else f"what {source} is to be captured on has to be said"
+    asked = f"no data {data!r} for {source}" if data else f"{source} has no task of its own, what it is to be captured on has to be said"
     raise ValueError(f"{asked}: {'use ' + ' or '.join(fit) if fit else 'it has no tokenizer that says how a sequence starts; capture given tokens from Python'}")
 
 # %% ../nbs/01_activations.ipynb #side-by-side

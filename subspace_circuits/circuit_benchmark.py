@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Scores', 'METHODS', 'DECIDING', 'COLUMNS', 'BARS', 'planted_partitions', 'by_edge', 'entries', 'inner',
-           'weighted_score', 'enriched', 'significance', 'circuit', 'Form', 'forms', 'form_tables', 'virtual_weights',
-           'writers', 'random_like', 'composed', 'composition', 'composition_over_random', 'directions',
-           'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits', 'attribution', 'eap', 'eap_ig',
-           'co_moments', 'twera', 'ablation', 'chance', 'reported', 'shuffled', 'grade', 'learned_partitions',
+           'weighted_score', 'enriched', 'significance', 'circuit', 'ranked', 'Form', 'forms', 'form_tables',
+           'virtual_weights', 'writers', 'random_like', 'composed', 'composition', 'composition_over_random',
+           'directions', 'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits', 'attribution', 'eap',
+           'eap_ig', 'co_moments', 'twera', 'ablation', 'chance', 'reported', 'shuffled', 'grade', 'learned_partitions',
            'best_overlaps', 'found_key', 'held_apart', 'compare', 'compare_random', 'summary', 'as_table',
            'draw_comparison', 'scoring_cost', 'benchmark_circuits']
 
@@ -77,8 +77,12 @@ def significance(model:nn.Module, task:Task, moments:Moments, partitions:dict[st
 def circuit(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
     "Score edges by `find_circuit`: necessity in nats of those reported, embeddings and logits among them; the others by when they fell, below zero."
     kept, info = find_circuit(model, task, moments, partitions, seed=seed)
+    return ranked(kept, info["candidates"])
+
+def ranked(kept:list[dict], candidates:list[dict])->Scores: # As `find_circuit` returns them
+    "Score edges by necessity if they were kept, else by when they fell, below zero."
     need = {identity(o): max(o["necessity"], 1e-9) for o in kept}
-    return {identity(o): need.get(identity(o), -float(i)) for i, o in enumerate(info["candidates"], 1)}
+    return {identity(o): need.get(identity(o), -float(i)) for i, o in enumerate(candidates, 1)}
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #forms
 class Form(NamedTuple):

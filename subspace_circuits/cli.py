@@ -40,14 +40,15 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 @app.command()
-def run(model: Annotated[str, typer.Argument(help="A bundled model, or a folder with config.json and model.safetensors.")] = "induction", *,
+def run(model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, or a folder or hub id of a model that copies lists.")] = "induction", *,
         out: Out, seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
     "The main job: capture, partition, circuit, report."
     from subspace_circuits.pipeline import run
     metrics = run(model, out, seed, overwrite, resume)
     full, kept = (metrics["accuracy"][o] for o in ("full", "keep_only"))
     print(f"{metrics['circuit']['n_edges']} of {metrics['circuit']['n_candidates']} edges kept; accuracy "
-          + ", ".join(f"{kept[k]:.3f} (full {full[k]:.3f}) at length {k}" for k in full) + f"; {sum(metrics['seconds'].values()):.0f} s")
+          + ", ".join(f"{kept[k]:.3f} (full {full[k]:.3f}) {'at length' if k[0].isdigit() else 'on'} {k}" for k in full) + f"; {sum(metrics['seconds'].values()):.0f} s")
+    if "exact" in metrics["circuit"]: print("the answer key: {0}, average precision {average_precision:.2f}; overlap of subspaces {overlap:.2f}".format("exact" if metrics["circuit"]["exact"] else "not exact", **metrics["circuit"], **metrics["partition"]))
     print(f"report: {out/'report.html'}")
 
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BETA', 'IDENTITY', 'DECOYS', 'FAMILIES', 'COUNT', 'frame', 'coherence', 'circle_codes', 'fit_map', 'Head', 'Neurons',
            'Plan', 'lookup', 'staircase', 'induction', 'Stream', 'assemble', 'PlantedTask', 'present', 'key_edges',
-           'KnownCircuit', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key', 'skip_trigram', 'bigram_copy',
-           'histogram', 'fraction_of_previous', 'reverse', 'sort', 'modular_addition', 'two_circuits', 'one_head',
-           'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families']
+           'decode', 'KnownCircuit', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key', 'skip_trigram',
+           'bigram_copy', 'histogram', 'fraction_of_previous', 'reverse', 'sort', 'modular_addition', 'two_circuits',
+           'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families']
 
 # %% ../nbs/00a_known_circuits.ipynb #imports
 import copy, math
@@ -408,6 +408,15 @@ def _true_bases(plan, stream, site):
     rest = torch.linalg.svd(own, full_matrices=True)[0][:, own.shape[1]:]
     return {k: stream.basis[k] for k in names} | {"rest": rest}
 
+# %% ../nbs/00a_known_circuits.ipynb #decode
+def decode(
+    known:"KnownCircuit", h:Float[Tensor, "... d_model"], # Activations of one of its sites
+    site:str, # Hook name
+)->dict[str, Int[Tensor, "..."]]: # -1 where a variable is absent
+    "Read the value of every variable off activations: the code it is nearest to."
+    code = {k: h@known.stream.read[k] for k in known.bases[site] if k != "rest" and len(known.plan.codes[k]) > 1}
+    return {k: torch.where(v.norm(dim=-1) > .5, (v@known.plan.codes[k].T).argmax(-1), -1) for k, v in code.items()}
+
 # %% ../nbs/00a_known_circuits.ipynb #known-circuit
 class KnownCircuit:
     "A planted model, its task, the true subspaces of every site and the true edges."
@@ -424,12 +433,10 @@ class KnownCircuit:
         P = {k: self.stream.dual[k]@self.stream.basis[k].T for k in present(self.plan, layer, where)}
         return P | {"rest": torch.eye(self.stream.d_model) - sum(P.values())}
 
-    def values(self, batch:Batch, site:str)->dict[str, Int[Tensor, "batch pos"]]: # -1 where a variable is absent
-        "Read the value of every variable at a site: the code it is nearest to."
+    def values(self, batch:Batch, site:str)->dict[str, Int[Tensor, "batch pos"]]: # As `decode`
+        "Read the value of every variable at a site, at every position of some sequences."
         _, cache = self.model.run_with_cache(batch.tokens, position_ids=batch.positions, names_filter=lambda o: o == site)
-        many = [k for k in self.bases[site] if k != "rest" and len(self.plan.codes[k]) > 1]
-        code = {k: cache[site]@self.stream.read[k] for k in many}
-        return {k: torch.where(v.norm(dim=-1) > .5, (v@self.plan.codes[k].T).argmax(-1), -1) for k, v in code.items()}
+        return decode(self, cache[site], site)
 
     def __repr__(self): return f"KnownCircuit {self.name}: {len(self.edges)} edges, {len(self.decoys)} decoys, d_model {self.stream.d_model}"
 

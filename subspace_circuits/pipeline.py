@@ -1,5 +1,5 @@
-"The main job: a bundled model from activations to subspaces to a circuit to a report, in a folder that can be resumed."
-import json, resource, shutil, sys, time
+"The main job: a model with a task, from activations to subspaces to a circuit to a report, in a folder that can be resumed."
+import copy, json, math, resource, shutil, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -8,67 +8,97 @@ import torch
 from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
-from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live
+from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live, open_task
+from subspace_circuits.circuit_benchmark import best_overlaps, entries, found_key, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit
-from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
+from subspace_circuits.circuits import KeepOnly, Moments, average_precision, circuit_sites, divergence, find_circuit, to_graph
+from subspace_circuits.known_circuits import KnownCircuit, decode, null_model, plant
 from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
+from subspace_circuits.preimages import readable
 from subspace_circuits.report import write_report
-from subspace_circuits.toy_models import accuracy, attention, head_scores, load_model, model_configs
+from subspace_circuits.toy_models import PairTask, Task, accuracy, attention, head_scores, load_model
 
 __all__ = ["run"]
 
-labels = ("token", "previous token", "position", "output")
-
 
 def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict:
-    "Run the main job on a bundled model into a folder, or continue it; returns the metrics."
+    "Run the main job on a model into a folder, or continue it; returns the metrics."
     torch.set_num_threads(1)
-    model, task, config = load_model(name)
-    lengths, sites = list_lengths(name, config), run_sites(model)
+    model, task, known = opened(name)
+    tests, sites = trials(task, model.cfg.n_ctx), run_sites(model, known)
     job = dict(model=name, seed=seed, version=__version__, model_sha256=fingerprint(model), task=task.name, n_layers=model.cfg.n_layers,
                n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
     if claim(Path(out), job, overwrite, resume): return json.loads((Path(out)/"metrics.json").read_text())
     out, clock = Path(out), Clock(Path(out)/"seconds.json")
-    with clock("capture"): store = capture(model, task, sites, out/"store", seed=seed)
-    with clock("partition"): partition_sites(name, out, sites, seed, lengths)
+    with clock("capture"): store = capture(model, read_by(model, task), sites, out/"store", sequences=sequences_of(task), seed=seed)
+    with clock("partition"): partition_sites(name, out, sites, seed)
     partitions = {o: Partition.from_pretrained(folder_of(out, o)) for o in sites}
-    with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], model.cfg.n_layers, seed) for o in sites}
+    with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], task, known, seed) for o in sites}
     with clock("circuit"):
         moments = Moments(model, task, seed=seed)
         edges, found = find_circuit(model, task, moments, partitions, seed=seed)
         graph = add_examples(to_graph(model, moments, partitions, edges, found), model, task, partitions, seed=seed)
-    with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, lengths)
-    control = json.loads((out/"control.json").read_text())
+    with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, tests)
+    control, key = json.loads((out/"control.json").read_text()), against_key(known, partitions, edges, found) if known else {}
     _write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()})
     save_circuit(graph, out/"circuit.json")
     _write_json(out/"attention.json", example(model, task, seed))
     batch = task.sample(200, generator=torch.Generator().manual_seed(seed))
-    metrics = dict(**scores, head_scores=head_scores(model, batch), sites={k: v["summary"] for k, v in evidence.items()},
-                   circuit=summary(edges, found) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
-                   seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
+    metrics = dict(**scores, head_scores=head_scores(model, batch, task.jobs(batch)), sites={k: v["summary"] for k, v in evidence.items()},
+                   circuit=summary(edges, found) | key.get("circuit", {}) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
+                   partition=key.get("partition", {}), seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
     _write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])))
     _write_json(out/"metrics.json", rounded(metrics))
     write_report(out)
     return json.loads((out/"metrics.json").read_text())
 
 
-def list_lengths(name: str, config: dict) -> dict[str, tuple[int, int]]:
-    "Trained and longer lengths of the lists a model was scored on."
-    fits = {k: v for k, v in model_configs().items() if scored_on(v)}
-    if not scored_on(config): raise ValueError(f"the main job asks for longer lists than were trained on and reads through layer norm, which {name} does not have: use one of {', '.join(fits)}")
-    return scored_on(config)
+def opened(name: str) -> tuple[torch.nn.Module, Task, KnownCircuit | None]:
+    "A model, its task, and its answer key if it was planted."
+    family = name.removeprefix("planted-")
+    known = plant(family) if family != name and not Path(name).exists() else None
+    model, task = (known.model, known.task) if known else open_task(name)
+    return model, task, known
 
 
-def scored_on(config: dict) -> dict[str, tuple[int, int]]:
-    "Name to shortest and longest list, nothing for other tasks or for models without layer norm or MLPs."
-    plain = config["model"].get("attn_only") or config["model"].get("normalization_type", "LN") != "LN"
-    names = [o.split("-") for o in config["accuracy"]]
-    return {} if plain or not all(len(o) == 2 and all(map(str.isdigit, o)) for o in names) else {"-".join(o): tuple(map(int, o)) for o in names}
+def read_by(model, task: Task) -> Task:
+    "The task as the model reads it: to one that looks both ways padding is a row like others."
+    if model.cfg.attention_dir == "causal": return task
+    sample, whole = task.sample, copy.copy(task)
+    def padded(*args, **more):
+        batch = sample(*args, **more)
+        return batch._replace(real=torch.ones_like(batch.real))
+    whole.sample = padded
+    return whole
 
 
-def run_sites(model) -> list[str]:
-    "The sites between components, in order; what the last MLP writes only the logits read, and nothing has to be learned there."
-    return circuit_sites(model)[:-1]
+def trials(task: Task, n_ctx: int) -> dict[str, tuple[Task, tuple[int, int]]]:
+    "What circuits are tried on: held-out pairs, or lists up to twice as long as any of the task's, where there are such."
+    lo, hi = task.lengths
+    if isinstance(task, PairTask):
+        more = {"held-out pairs": (task.held_out(), (lo, hi))} if task.args["held_out"] else {}
+        return {"trained pairs": (task, (lo, hi))} | more
+    longest = next(o for o in range(2*hi, hi - 1, -1) if fits(task, o, n_ctx))
+    return {f"{a}-{b}": (task, (a, b)) for a, b in ((lo, hi), (hi + 1, longest)) if a <= b}
+
+
+def fits(task: Task, length: int, n_ctx: int) -> bool:
+    "Whether a task has lists of some length that a model can read."
+    try: task.sample(1, (length, length), torch.Generator().manual_seed(0), n_ctx)
+    except ValueError: return False
+    return True
+
+
+def run_sites(model, known: KnownCircuit | None) -> list[str]:
+    "The sites between components, in order; what the last layer writes only the logits read: learned where a key says what it is, or nothing else stands behind the heads."
+    sites = circuit_sites(model)
+    return sites if known or model.cfg.attn_only else sites[:-1]
+
+
+def sequences_of(task: Task, shards: int = 6, rows: int = 30_000) -> int:
+    "How many sequences a shard takes: 128, or more if they are short."
+    real = task.sample(200, generator=torch.Generator().manual_seed(0)).real.sum().item()/200
+    return max(128, math.ceil(rows/shards/real))
 
 
 def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
@@ -109,10 +139,10 @@ def folder_of(out: Path, site: str) -> Path:
     return out/"partitions"/f"x{layer}.{hook.rsplit('_', 1)[1]}"
 
 
-def partition_sites(name: str, out: Path, sites: list[str], seed: int, lengths: dict):
+def partition_sites(name: str, out: Path, sites: list[str], seed: int):
     "Find the partitions that are not there yet, and the control's, two processes at a time."
     jobs = [(partition_site, (name, str(out), o, seed)) for o in sites if not (folder_of(out, o)/"partition.json").exists()]
-    if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed, lengths)))
+    if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed)))
     if not jobs: return
     pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
     try:
@@ -123,30 +153,43 @@ def partition_sites(name: str, out: Path, sites: list[str], seed: int, lengths: 
 def partition_site(name: str, out: str, site: str, seed: int):
     "Find, name and store the partition of one site."
     torch.set_num_threads(1)
-    store = ActivationStore(Path(out)/"store")
-    rows = live(store, site, last_layer(store))
-    h, known = store[site][rows], {k: store.column(k)[rows] for k in labels}
-    wrote = written(load_model(name)[0], stored_sequences(store, rows), [site])[site]
+    store, (model, task, known) = ActivationStore(Path(out)/"store"), opened(name)
+    rows = site_rows(store, site, known)
+    h, wrote = store[site][rows], written(model, stored_sequences(store, rows), [site])[site]
     p = learn_partition(h, site, seed, weights=store.info["capture"]["weights"], written=wrote)
-    name_subspaces(p, h, known).save_pretrained(folder_of(Path(out), site))
+    name_subspaces(p, h, labels(store, rows, h, site, task, known)).save_pretrained(folder_of(Path(out), site))
 
 
-def last_layer(store: ActivationStore) -> int:
-    "Number of layers, from the sites of a run's store."
-    return 1 + max(int(o.split(".")[1]) for o in store.sites)
+def site_rows(store: ActivationStore, site: str, known: KnownCircuit | None) -> torch.Tensor:
+    "Which rows of a site count: those that can reach an answer, or all where a key speaks of all."
+    rows = live(store, site, 1 + max(int(o.split(".")[1]) for o in store.sites))
+    return torch.ones_like(rows) if known else rows
 
 
-def control_job(name: str, out: str, seed: int, lengths: dict):
+def labels(store: ActivationStore, rows: torch.Tensor, h: torch.Tensor, site: str, task: Task, known: KnownCircuit | None) -> dict[str, torch.Tensor]:
+    "The values of every known variable at some rows of a site: the key's, or the task's."
+    return decode(known, h, site) if known else {k: store.column(k)[rows] for k in task.variables(task.sample(1))}
+
+
+def untrained(name: str, model, known: KnownCircuit | None, seed: int):
+    "The model before training, or a planted one with random weights of the same size; none of a model that came from elsewhere."
+    if known: return null_model(model, "untrained", seed)
+    return load_model(name, trained=False)[0] if model.cfg.architecture == "TransformerLensNative" else None
+
+
+def control_job(name: str, out: str, seed: int):
     "The same procedure on the model before training: what is kept, and how it answers."
     torch.set_num_threads(1)
-    model, task, _ = load_model(name, trained=False)
-    folder, sites = Path(out)/"control", run_sites(model)
-    store = capture(model, task, sites, folder, shards=3, seed=seed)
-    partitions = {o: grow_partition(store[o][live(store, o, model.cfg.n_layers)], o, seed, pools=(256, 1024)) for o in sites}
+    full, task, known = opened(name)
+    if (model := untrained(name, full, known, seed)) is None: return _write_json(Path(out)/"control.json", {})
+    folder, sites = Path(out)/"control", run_sites(model, known)
+    store = capture(model, read_by(model, task), sites, folder, shards=3, sequences=sequences_of(task), seed=seed)
+    partitions = {o: grow_partition(store[o][site_rows(store, o, known)], o, seed, pools=(256, 1024)) for o in sites}
     moments = Moments(model, task, seed=seed)
     edges, _ = find_circuit(model, task, moments, partitions, seed=seed)
+    keep = KeepOnly(model, moments, partitions, edges)
     result = dict(n_edges=len(edges), n_significant=significant(edges),
-                  accuracy={k: accuracy(KeepOnly(model, moments, partitions, edges), task, v, n=100) for k, v in lengths.items()})
+                  accuracy={k: accuracy(keep, *test, n=100) for k, test in trials(task, model.cfg.n_ctx).items()})
     _write_json(Path(out)/"control.json", result)
     shutil.rmtree(folder)
 
@@ -156,25 +199,26 @@ def significant(edges: list) -> int:
     return sum(o["p"] is not None and o["p"] <= .05 for o in edges)
 
 
-def site_evidence(store: ActivationStore, p, n_layers: int, seed: int) -> dict:
+def site_evidence(store: ActivationStore, p: Partition, task: Task, key: KnownCircuit | None, seed: int) -> dict:
     "What a report says of one partition: sizes, what is encoded, and how the subspaces depend on one another."
-    rows = live(store, p.site, n_layers)
-    h, known, g = store[p.site][rows], {k: store.column(k)[rows] for k in labels}, torch.Generator().manual_seed(seed)
+    rows, g = site_rows(store, p.site, key), torch.Generator().manual_seed(seed)
+    h = store[p.site][rows]
+    known = labels(store, rows, h, p.site, task, key)
     share, null = determination(p, h, g), determination(p, h, g, shuffle=True).abs().max().item()
-    mi, mi_null = mutual_information_matrix(p, h, g)
+    mi, mi_null = mutual_information_matrix(p, h, g) if len(p.names) > 1 else (torch.zeros(1, 1), None)
     total = h.var(0).sum()
     presence = {k: (between_class(h, v).trace()/total).item() for k, v in known.items()}
-    present = {k: v for k, v in known.items() if presence[k] >= .05}
+    present = {k: v for k, v in known.items() if presence[k] >= (.001 if key else .05)} # a planted variable may be quiet beside its decoys
     return dict(
         summary=dict(n_subspaces=len(p.names) - ("rest" in p.names), objective=p.info["objective"], sizes=p.sizes, presence=presence,
                      variables=variable_shares(p, h, present), variance={k: (v.var(0).sum()/total).item() for k, v in p.split(h).items()}, verdict=p.info["verdict"], cuts=p.info["cuts"], null=null),
         matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(), mutual_information_null=mi_null)))
 
 
-def faithfulness(model, task, moments, partitions: dict, edges: list, lengths: dict) -> dict:
-    "Accuracy of the model, of the keep-only model and of none, at trained and at longer lengths; KL of the keep-only model."
+def faithfulness(model, task, moments, partitions: dict, edges: list, tests: dict) -> dict:
+    "Accuracy of the model, of the keep-only model and of none, on what was trained and on what was not; KL of the keep-only model."
     models = dict(full=model, keep_only=KeepOnly(model, moments, partitions, edges), null=KeepOnly(model, moments, partitions, []))
-    scores = {k: {name: accuracy(o, task, v, n=300, seed=5) for name, v in lengths.items()} for k, o in models.items()}
+    scores = {k: {name: accuracy(o, *test, n=300, seed=5) for name, test in tests.items()} for k, o in models.items()}
     return dict(accuracy=scores, kl={k: divergence(model, models[k], task, seed=5) for k in ("keep_only", "null")})
 
 
@@ -185,11 +229,21 @@ def summary(edges: list, found: dict) -> dict:
                 chosen=[o["stage"] for o in curve].index("circuit"), budget={k: found[k] for k in ("epsilon", "price", "significant", "asked", "able", "wrong")})
 
 
+def against_key(known: KnownCircuit, partitions: dict, edges: list, found: dict) -> dict:
+    "What an answer key says of a circuit and of its subspaces; average precision over types of edges."
+    true, scores = found_key(known, partitions), ranked(edges, found["candidates"])
+    precision = average_precision(entries(scores), true, "score")
+    overlap = [v for s, p in partitions.items() for k, (_, v) in best_overlaps(known.bases[s], p).items() if k != "rest"]
+    return dict(circuit=dict(average_precision=sum(precision.values())/len(precision), exact=reported(scores, true, True) == true),
+                partition=dict(overlap=sum(overlap)/len(overlap)))
+
+
 def example(model, task, seed: int) -> dict:
     "Attention patterns on one short sequence."
-    batch = task.sample(1, (8, 8), torch.Generator().manual_seed(seed))
+    lo, hi = task.lengths
+    batch = task.sample(1, (max(lo, min(8, hi)),)*2, torch.Generator().manual_seed(seed))
     patterns = attention(model, batch)[:, :, 0]
-    return dict(tokens=[task.tokenizer.vocab[o] for o in batch.tokens[0]],
+    return dict(tokens=[readable(getattr(task, "tokenizer", None), o) for o in batch.tokens[0].tolist()],
                 patterns=[dict(component=f"L{i}H{j}", pattern=rounded(patterns[i, j].tolist())) for i in range(len(patterns)) for j in range(len(patterns[i]))])
 
 

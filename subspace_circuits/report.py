@@ -1,5 +1,5 @@
 "One self-contained offline page, `report.html`, made only of the files in a finished run folder."
-import json, os, re
+import json, math, os, re
 from pathlib import Path
 
 from subspace_circuits.circuit_graph import EDGE_WORDS, edge_rows, layout, read_circuit, score_words, site_depth, three_digits
@@ -48,7 +48,7 @@ def pct(x: float | None) -> str:
 
 
 def buckets(accuracy: dict) -> list[str]:
-    "Names of the length buckets, shortest first."
+    "Names of what accuracy was measured on, the shortest lists first."
     return sorted(accuracy.get("full", {}), key=lambda o: [int(n) for n in re.findall(r"\d+", o)])
 
 
@@ -60,10 +60,21 @@ def claim(metrics: dict, graph) -> str:
     if not n: return "No edge survives" + (f" of {of:,} candidates." if of else ".")
     edges = f"{n:,} of {of:,} edges" if of else f"{n:,} edge{'s'*(n != 1)}"
     full, kept = accuracy.get("full", {}), accuracy.get("keep_only", {})
-    shares = [pct(kept[o]/full[o]) for o in buckets(accuracy) if kept.get(o) is not None and full[o]]
+    shares = {o: pct(kept[o]/full[o]) for o in buckets(accuracy) if kept.get(o) is not None and full[o]}
     if not shares: return f"The circuit keeps {edges}."
-    if len(shares) == 2: return f"Keeping {edges} keeps {shares[0]} of the accuracy at trained and {shares[1]} at longer lengths."
-    return f"Keeping {edges} keeps {', '.join(shares)} of the accuracy."
+    if len(shares) != 2: return f"Keeping {edges} keeps {', '.join(shares.values())} of the accuracy."
+    (a, one), (b, two) = zip(lengths(list(shares)), shares.values())
+    return f"Keeping {edges} keeps {one} of the accuracy {a} and {two} {b}."
+
+
+def lengths(names: list[str]) -> list[str]:
+    "What two buckets are, in words."
+    return ["at trained", "at longer lengths"] if all(map(is_length, names)) else [f"on {o}" for o in names]
+
+
+def is_length(name: str) -> bool:
+    "Whether a bucket is a range of lengths."
+    return bool(re.fullmatch(r"\d+-\d+", name))
 
 
 def accuracy_table(metrics: dict) -> dict | None:
@@ -73,10 +84,10 @@ def accuracy_table(metrics: dict) -> dict | None:
     if not names: return None
     rows = [("full model", circuit.get("n_candidates"), accuracy["full"]),
             ("keep-only model", circuit.get("n_edges"), accuracy.get("keep_only", {})),
-            ("untrained copy, same procedure", control.get("n_edges"), control.get("accuracy") or {}),
+            *([("untrained copy, same procedure", control.get("n_edges"), control.get("accuracy") or {})] if control else []),
             ("nothing kept", 0, accuracy.get("null", {}))]
-    words = ["trained lengths", "longer lengths"] if len(names) == 2 else [""]*len(names)
-    return dict(heads=list(zip(words, (o.replace("-", "–") for o in names))),
+    words = ["trained lengths", "longer lengths"] if len(names) == 2 and all(map(is_length, names)) else [""]*len(names)
+    return dict(heads=list(zip(words, (o.replace("-", "–") if is_length(o) else o for o in names))),
                 rows=[(label, n, [values.get(o) for o in names]) for label, n, values in rows])
 
 
@@ -154,7 +165,7 @@ def matrix_pair(site: str, o: dict) -> dict:
 
 
 def attention_figures(attention: dict, scores: dict) -> list[dict]:
-    "A lower-triangular heatmap for each head, with the head's scores."
+    "A heatmap for each head, its lower triangle if heads look back only, with the head's scores."
     tokens = [str(o) for o in attention.get("tokens", [])]
     shown = range(0, len(tokens), 1 + len(tokens)//30)
     ticks = dict(tickvals=list(shown), ticktext=[tokens[o] for o in shown], tickfont=dict(size=10))
@@ -162,7 +173,8 @@ def attention_figures(attention: dict, scores: dict) -> list[dict]:
     y = ticks | dict(title=titled("attending (query)"), scaleanchor="x", constrain="domain")
     figures = []
     for o in attention.get("patterns", []):
-        z = [[round(v, 3) if j <= i else None for j, v in enumerate(row)] for i, row in enumerate(o["pattern"])]
+        ahead = any(v for i, row in enumerate(o["pattern"]) for v in row[i + 1:])
+        z = [[round(v, 3) if ahead or j <= i else None for j, v in enumerate(row)] for i, row in enumerate(o["pattern"])]
         figure = heatmap(z, x, y, "%{y} attends to %{x}: %{z:.2f}", 1, dict(l=56, r=4, t=4, b=60), 400)
         named = {k: v[o["component"]] for k, v in scores.items() if o["component"] in v}
         figures.append(dict(component=o["component"], figure=figure, scores=named))
@@ -183,9 +195,10 @@ def curve_figure(circuit: dict) -> dict | None:
     "Accuracy and KL against the number of edges kept, the chosen point marked."
     points = sorted(enumerate(circuit.get("curve") or []), key=lambda o: o[1]["n_edges"])
     if not points: return None
-    grid = axis | dict(showgrid=True, gridcolor="var(--line)")
-    layout = plain | dict(height=300, margin=dict(l=52, r=10, t=6, b=42),
+    grid, kl = axis | dict(showgrid=True, gridcolor="var(--line)"), [o["kl"] for _, o in points if o.get("kl")]
+    decades = math.log10(max(kl)/min(kl)) if kl else 0
+    layout = plain | dict(height=300, margin=dict(l=64, r=10, t=6, b=42),
         xaxis=axis | dict(title=titled("edges kept"), rangemode="tozero", anchor="y2"),
         yaxis=grid | dict(title=titled("accuracy"), domain=[.55, 1], rangemode="tozero"),
-        yaxis2=grid | dict(title=titled("KL, nats"), type="log", domain=[0, .45], dtick=1, tickformat="~g"))
+        yaxis2=grid | dict(title=titled("KL, nats"), type="log", domain=[0, .45], dtick=1 + int(decades//4), tickformat="~g"))
     return dict(data=[curve_line(points, circuit.get("chosen"), *o) for o in (("accuracy", "y"), ("kl", "y2"))], layout=layout)

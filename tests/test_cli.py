@@ -38,9 +38,24 @@ def test_planted_model(tmp_path):
     assert "lengths '12': write the shortest and the longest" in refused("capture", "planted-histogram", "--out", tmp_path/"other", "--lengths", 12)
 
 
-def test_models_that_run_cannot_take(tmp_path):
-    assert "which ioi does not have: use one of bigram_copy, induction" in refused("run", "ioi", "--out", tmp_path/"run")
-    assert not (tmp_path/"run").exists()
+def test_run_of_a_planted_model(tmp_path):
+    "The main job says what the answer key says of it, in the last place a reader looks and the first."
+    code, out, error = call("run", "planted-skip_trigram", "--out", tmp_path/"run")
+    assert code == 0 and "the answer key: exact, average precision 1.00; overlap of subspaces" in out, error
+    metrics = json.loads((tmp_path/"run"/"metrics.json").read_text())
+    assert metrics["circuit"]["exact"] and metrics["circuit"]["average_precision"] == 1 and metrics["partition"]["overlap"] > .95
+    assert metrics["circuit"]["control"]["n_edges"] == 0 and list(metrics["accuracy"]["keep_only"].values()) == [1.] # no longer lists than it was planted for
+    assert "recovered exactly, average precision 1" in (tmp_path/"run"/"report.html").read_text()
+    assert "unknown family 'skip_trigrams': use one of induction" in refused("run", "planted-skip_trigrams", "--out", tmp_path/"other") and not (tmp_path/"other").exists()
+
+
+def test_what_circuits_are_tried_on():
+    "Lists up to twice as long if the model can read them, pairs that were held out; a site with one subspace depends on nothing."
+    from subspace_circuits.pipeline import trials
+    from subspace_circuits.toy_models import load_model
+    for name, want in dict(induction=["0-50", "51-100"], bigram_copy=["0-30", "31-38"], weekdays=["trained pairs", "held-out pairs"]).items():
+        model, task, _ = load_model(name)
+        assert list(trials(task, model.cfg.n_ctx)) == want
 
 
 def test_unknown_model_leaves_nothing(tmp_path):
