@@ -23,7 +23,7 @@ __all__ = ['LIMITS', 'Pretrained', 'Subspace', 'Partition', 'between_class', 'va
 # %% ../nbs/02_partition.ipynb #imports
 import hashlib, json, math, re, time, warnings, zlib
 from copy import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from pickle import UnpicklingError
@@ -1910,17 +1910,17 @@ def score_circuit(
 def benchmark_partition(
     quick:bool=False, # One seed of three families, no wide mixture: a check that it runs
     seeds:int=1, # Of each family, and ten times as many of the bundled trained model
-)->list[dict]: # What was measured, with its bar
+)->Iterator[dict]: # What was measured, with its bar
     "Measure the closed form on toys and a wide mixture, and the whole method on planted circuits and the bundled trained model."
-    figures = benchmark_closed_form(*((3, 20_000, ()) if quick else ()))
+    yield from benchmark_closed_form(*((3, 20_000, ()) if quick else ()))
     families, some = (("induction", "bigram_copy", "two_circuits"), 1) if quick else (tuple(FAMILIES), seeds)
     for name, decoys, writers in (("bare", (), True), ("with decoys", DECOYS, True), ("bare, rows alone", (), False)):
         scores = [o for f in families for s in range(some) for o in score_circuit(f, s, decoys, writers=writers)]
         exact, mean = sum(o["exact"] for o in scores), [v for o in scores for v in o["overlap"]]
-        figures += [_figure(f"planted circuits {name}, sites exact", exact, f"of {len(scores)}", "90%", exact >= .9*len(scores)) | dict(sites=scores),
-                    _figure(f"planted circuits {name}, mean overlap", sum(mean)/len(mean), "", ".99", sum(mean) >= .99*len(mean)),
-                    _figure(f"planted circuits {name}, slowest site", max(o["seconds"] for o in scores), "s", "below 30", max(o["seconds"] for o in scores) < 30)]
-    return figures + _trained_results(1 if quick else 10*seeds)
+        yield _figure(f"planted circuits {name}, sites exact", exact, f"of {len(scores)}", "90%", exact >= .9*len(scores)) | dict(sites=scores)
+        yield _figure(f"planted circuits {name}, mean overlap", sum(mean)/len(mean), "", ".99", sum(mean) >= .99*len(mean))
+        yield _figure(f"planted circuits {name}, slowest site", max(o["seconds"] for o in scores), "s", "below 30", max(o["seconds"] for o in scores) < 30)
+    yield _trained_results(1 if quick else 10*seeds)
 
 def _trained_results(seeds):
     "How often token, previous token and position are found in the bundled model."
@@ -1931,4 +1931,4 @@ def _trained_results(seeds):
         p = name_subspaces(find_partition(h, "blocks.0.hook_resid_mid", seed), h, labels)
         shares = variable_shares(p, h, labels)
         good += set(p.names) - {"rest"} == set(labels) and all(shares[k][k] > .65 for k in labels)
-    return [_figure("trained copy model, the three variables found", good, f"of {seeds} seeds", "90%", good >= .9*seeds)]
+    return _figure("trained copy model, the three variables found", good, f"of {seeds} seeds", "90%", good >= .9*seeds)
