@@ -470,7 +470,7 @@ def draw_comparison(
         dots = [(o["precision"][kind], names.index(o["method"]) + .2*(j - 1)) for o in rows if kind in o["precision"]]
         fig.add_scatter(x=[x for x, _ in dots], y=[y for _, y in dots], mode="markers", marker=dict(color=colour, size=6, opacity=.7), name=kind, row=1, col=1)
     fig.add_scatter(x=[table[m]["seconds"] for m in names], y=at, mode="markers", marker=dict(color="#444", size=7), showlegend=False, row=1, col=2)
-    fig.update_xaxes(title="average precision", range=[-.02, 1.03], row=1, col=1).update_xaxes(title="seconds", type="log", row=1, col=2)
+    fig.update_xaxes(title="average precision", range=[-.02, 1.03], row=1, col=1).update_xaxes(title="seconds", type="log", dtick=2, row=1, col=2)
     fig.update_yaxes(tickvals=at, ticktext=names, range=[-.6, len(at) - .4]).update_yaxes(showticklabels=False, col=2)
     return fig.update_layout(template="plotly_white", width=720, height=90 + 28*len(names), margin=dict(l=10, r=10, t=30, b=45), legend=dict(orientation="h", y=1.07))
 
