@@ -8,8 +8,8 @@ __all__ = ['Scores', 'METHODS', 'DECIDING', 'COLUMNS', 'BARS', 'planted_partitio
            'virtual_weights', 'writers', 'random_like', 'composed', 'composition', 'composition_over_random',
            'directions', 'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits', 'attribution', 'eap',
            'eap_ig', 'co_moments', 'twera', 'ablation', 'chance', 'reported', 'shuffled', 'grade', 'learned_partitions',
-           'best_overlaps', 'found_key', 'held_apart', 'compare', 'compare_random', 'summary', 'as_table',
-           'draw_comparison', 'scoring_cost', 'benchmark_circuits']
+           'best_overlaps', 'mean_overlap', 'found_key', 'held_apart', 'compare', 'compare_random', 'summary',
+           'as_table', 'draw_comparison', 'scoring_cost', 'benchmark_circuits']
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #imports
 import copy, math, sys, time
@@ -360,6 +360,11 @@ def best_overlaps(
     held = {a: {b: ((u.T@v).square().sum()/u.shape[1]).item() for b, v in found.bases.items()} for a, u in bases.items()}
     return {a: max(o.items(), key=lambda x: x[1]) for a, o in held.items()}
 
+def mean_overlap(known:KnownCircuit, partitions:dict[str, Partition])->float: # By site
+    "Compute the mean share of a true subspace that one found subspace holds."
+    shares = [v for s, p in partitions.items() for k, (_, v) in best_overlaps(known.bases[s], p).items() if k != "rest"]
+    return sum(shares)/len(shares)
+
 def found_key(
     known:KnownCircuit, partitions:dict[str, Partition], # Learned, by site
 )->set[tuple]: # Identities of the true edges
@@ -401,12 +406,11 @@ def compare(
         true, moments = found_key(known, partitions), Moments(known.model, known.task, n=100, seed=seed)
         apart = held_apart(known, partitions, seed=seed) if learned else 1.
         partitions = check_partitions(known.model, partitions)
-        overlap = [v for s, p in partitions.items() for k, (_, v) in best_overlaps(known.bases[s], p).items() if k != "rest"]
         for name, method in methods.items():
             start = time.perf_counter()
             scores = method(known.model, known.task, moments, partitions, seed)
             seconds = time.perf_counter() - start
-            rows.append(dict(family=family, seed=seed, method=name, learned=learned, seconds=seconds, overlap=sum(overlap)/len(overlap), apart=apart,
+            rows.append(dict(family=family, seed=seed, method=name, learned=learned, seconds=seconds, overlap=mean_overlap(known, partitions), apart=apart,
                              **grade(known, moments, partitions, true, scores, name in DECIDING, seed)))
     return rows
 

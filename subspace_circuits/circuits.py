@@ -727,9 +727,9 @@ class _Compiler:
         read, write = write_site(layer), read_site(layer + 1)
         return [(cols, self._sum(read, cols), self._sum(write, rows)) for rows, cols in _grouped(pairs, self.P[write])]
 
-# %% ../nbs/03_circuits.ipynb #keep-forward
-class _Kept(_Compiler):
-    "The forward pass of kept blocks, in pieces."
+# %% ../nbs/03_circuits.ipynb #keep-ends
+class _Ends(_Compiler):
+    "What stands for what is not kept, and the two ends of the forward pass."
     def _other(self, x): return x.flatten(0, -2)[torch.randperm(x[..., 0].numel(), generator=torch.Generator().manual_seed(0))].view_as(x)
 
     def _fill(self, x, mean): return {"zero": lambda: torch.zeros_like(x), "mean": lambda: mean.float().expand_as(x), "resample": lambda: self._other(x)}[self.mode]()
@@ -745,6 +745,15 @@ class _Kept(_Compiler):
             out = out + (table[at] - fill)@self.parts[name] + fill
         return out
 
+    def unembed(self, x):
+        "Logits from the subspaces that are kept."
+        r, site = self._read(x, self.w.sites[-1]), self.w.sites[-1]
+        fill = self._fill(r, self.m.mean["read", site])
+        return ((r - fill)@self.parts["unembed"] + fill)@self.w.W_U + self.w.b_U
+
+# %% ../nbs/03_circuits.ipynb #keep-forward
+class _Kept(_Ends):
+    "What kept blocks of attention and of MLPs add."
     def attention(self, layer, x, positions):
         "What the kept blocks of a layer's heads add."
         r, at, out = self._read(x, read_site(layer)), positions[:, None], self.w.heads[layer]["bO"]
@@ -773,12 +782,6 @@ class _Kept(_Compiler):
             if not names and self.mode == "mean": out = out + self.m.mean["mlp", layer].float()@C
             else: out = out + self.w.mlp(layer, (r - fill)@A + fill)@C
         return out
-
-    def unembed(self, x):
-        "Logits from the subspaces that are kept."
-        r, site = self._read(x, self.w.sites[-1]), self.w.sites[-1]
-        fill = self._fill(r, self.m.mean["read", site])
-        return ((r - fill)@self.parts["unembed"] + fill)@self.w.W_U + self.w.b_U
 
 # %% ../nbs/03_circuits.ipynb #keep-only
 MODES = ("zero", "mean", "resample")
@@ -829,9 +832,9 @@ def divergence(
     p, q = (o(batch.tokens, position_ids=batch.positions)[batch.scored].log_softmax(-1) for o in (model, keep))
     return F.kl_div(q, p, log_target=True, reduction="batchmean").item()
 
-# %% ../nbs/03_circuits.ipynb #judge
-class Judge:
-    "Compares models with a model on some of its answers: what right answers lose (a call), the mean KL divergence, the share of right answers."
+# %% ../nbs/03_circuits.ipynb #judge-answers
+class _Answers:
+    "A model's answers to some sequences, and how others' differ."
     rare = .01 # Share of right answers that may lose more than is said, unless they turn wrong
     @torch.no_grad()
     def __init__(self, model:nn.Module, task:Task, answers:int=400, seed:int=1, # About how many answers
@@ -848,13 +851,6 @@ class Judge:
         parts = zip(*(o.split(n) for o in (self.batch.tokens, self.batch.positions, self.batch.scored)))
         return torch.cat([model(t, position_ids=p)[at].log_softmax(-1) for t, p, at in parts])
 
-    def only(self, rows)->"Judge":
-        "The same answers, of some sequences."
-        new, rows = copy.copy(self), torch.tensor(sorted(rows))
-        new.batch = self.batch._replace(known={}, **{k: v[rows] for k, v in self.batch._asdict().items() if isinstance(v, Tensor)})
-        new.right, new.want = new.batch.targets[new.batch.scored], self.want[torch.isin(self.batch.scored.nonzero()[:, 0], rows)]
-        return new
-
     def _lost(self, now): return (self.want - now).gather(1, self.right[:, None])[:, 0] # By each right answer, in nats
     def _turned(self, now): return (self.want.argmax(-1) == self.right) & (now.argmax(-1) != self.right) # Which were right and are wrong
 
@@ -862,6 +858,9 @@ class Judge:
         lost, wrong = self._lost(now), self._turned(now)
         return max(lost.quantile(1 - self.rare), (lost*wrong).max(), torch.zeros(())).item()
 
+# %% ../nbs/03_circuits.ipynb #judge
+class Judge(_Answers):
+    "Compares models with a model on some of its answers: what right answers lose (a call), the mean KL divergence, the share of right answers."
     def of(self, logits)->tuple[float, float]: # What right answers lose, mean divergence; nats
         p = logits[self.batch.scored].log_softmax(-1)
         return self.loss(p), F.kl_div(p, self.want, log_target=True, reduction="batchmean").item()
@@ -869,6 +868,13 @@ class Judge:
     def each(self, keep, how="amax")->Float[Tensor, "batch"]: # Largest loss of a right answer of each sequence, or their "sum"
         lost = self._lost(self._answers(keep))
         return torch.zeros(len(self.batch.tokens)).scatter_reduce(0, self.batch.scored.nonzero()[:, 0], lost, how)
+
+    def only(self, rows)->"Judge":
+        "The same answers, of some sequences."
+        new, rows = copy.copy(self), torch.tensor(sorted(rows))
+        new.batch = self.batch._replace(known={}, **{k: v[rows] for k, v in self.batch._asdict().items() if isinstance(v, Tensor)})
+        new.right, new.want = new.batch.targets[new.batch.scored], self.want[torch.isin(self.batch.scored.nonzero()[:, 0], rows)]
+        return new
 
     def kept(self, keep, price:float)->list[int]: return (self.each(keep) < price).nonzero()[:, 0].tolist()
     def wrong(self, keep)->dict[int, float]: # Sequences with an answer that is right of the model and wrong of this, and what that loses

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live, open_task
-from subspace_circuits.circuit_benchmark import best_overlaps, entries, found_key, ranked, reported
+from subspace_circuits.circuit_benchmark import entries, found_key, mean_overlap, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit
 from subspace_circuits.circuits import KeepOnly, Moments, average_precision, circuit_sites, divergence, find_circuit, to_graph
 from subspace_circuits.known_circuits import KnownCircuit, decode, null_model, plant
@@ -233,9 +233,8 @@ def against_key(known: KnownCircuit, partitions: dict, edges: list, found: dict)
     "What an answer key says of a circuit and of its subspaces; average precision over types of edges."
     true, scores = found_key(known, partitions), ranked(edges, found["candidates"])
     precision = average_precision(entries(scores), true, "score")
-    overlap = [v for s, p in partitions.items() for k, (_, v) in best_overlaps(known.bases[s], p).items() if k != "rest"]
     return dict(circuit=dict(average_precision=sum(precision.values())/len(precision), exact=reported(scores, true, True) == true),
-                partition=dict(overlap=sum(overlap)/len(overlap)))
+                partition=dict(overlap=mean_overlap(known, partitions)))
 
 
 def example(model, task, seed: int) -> dict:
