@@ -6,8 +6,8 @@
 __all__ = ['DTYPES', 'open_model', 'PieceTokenizer', 'match_sites', 'check_sites', 'stream_sites', 'read_sites', 'batch_rows',
            'given', 'fingerprint', 'shuffled', 'Context', 'ActivationStore', 'check_model', 'verify', 'shard_moments',
            'merge_moments', 'one_writer', 'ranks', 'capture', 'moments', 'live', 'generate', 'Samples',
-           'read_documents', 'TextTask', 'open_task', 'side_by_side', 'capture_speed', 'owned_memory', 'peak_memory',
-           'opening_seconds', 'batch_speed', 'benchmark_store']
+           'read_documents', 'TextTask', 'open_planted', 'open_task', 'side_by_side', 'capture_speed', 'owned_memory',
+           'peak_memory', 'opening_seconds', 'batch_speed', 'benchmark_store']
 
 # %% ../nbs/01_activations.ipynb #imports
 import fcntl, hashlib, heapq, json, math, os, re, resource, shutil, struct, subprocess, sys, threading, time, warnings, zipfile
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .known_circuits import FAMILIES, plant
+from .known_circuits import FAMILIES, KnownCircuit, plant
 from .toy_models import MODELS, Batch, Task, Tokenizer, UniqueCopy, closest_first, load_model, model_configs, parameters, variables
 
 # %% ../nbs/01_activations.ipynb #open-model
@@ -872,6 +872,14 @@ class TextTask(Task):
         real = torch.arange(width) < torch.tensor([len(x) for x in windows])[:, None]
         return given(tokens)._replace(real=real, known=dict(document=document))
 
+# %% ../nbs/01_activations.ipynb #open-planted
+def open_planted(
+    source:str, # `planted-` and a family of known circuits; anything else is none, as is a folder of such a name
+)->KnownCircuit|None:
+    "Plant the circuit that a name stands for."
+    family = str(source).removeprefix("planted-")
+    return plant(family) if family != str(source) and not Path(source).exists() else None
+
 # %% ../nbs/01_activations.ipynb #open-task
 def open_task(
     source:str, # What `open_model` takes, or `planted-` and a family of known circuits
@@ -880,9 +888,7 @@ def open_task(
     bos:bool=True, # Start windows of a text with the tokenizer's `bos`
 )->tuple[nn.Module, Task]:
     "Open a model and the sequences it is to be captured on."
-    name = str(source).removeprefix("planted-")
-    if name != str(source) and not Path(source).exists():
-        known = plant(name)
+    if known := open_planted(source):
         model, tokenizer, fit = known.model, None, {"task": lambda: known.task}
     else:
         model, tokenizer = open_model(source)

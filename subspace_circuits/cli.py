@@ -159,7 +159,7 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
               model: Annotated[Optional[str], typer.Option(help="The model that the store is of, as for capture: ndm then starts from what each component wrote.")] = None,
               seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of sites of a store, and how many there are."
-    from subspace_circuits.activations import ActivationStore, check_model, open_model, open_task
+    from subspace_circuits.activations import ActivationStore, check_model, open_model, open_planted
     from subspace_circuits.partition import closed_form, grow_partition, learn_partition, stored_sequences, written
     methods = {"ndm": learn_partition, "closed-form": closed_form, "growth": grow_partition}
     if method not in methods: raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
@@ -170,7 +170,7 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
     if model and method != "ndm": raise ValueError(f"--model is for method ndm, {method} asks for rows alone: leave it out")
     asked = f"{method}, writers" if model else method
     if model:
-        net = (open_task if model.startswith("planted-") else open_model)(model)[0]
+        net = known.model if (known := open_planted(model)) else open_model(model)[0]
         check_model(acts, net)
     folders = {o: out/o if len(sites) > 1 else out for o in sites}
     kept = {o: _kept_partition(folder, o, asked, seed, acts.info["capture"]["weights"]) for o, folder in folders.items() if not overwrite}

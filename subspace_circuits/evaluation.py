@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import _encode, _figure, _start, _write_json, batch_rows, check_sites, fingerprint, given, open_model, open_task, read_sites
+from .activations import _encode, _figure, _start, _write_json, batch_rows, check_sites, fingerprint, given, open_model, open_planted, read_sites
 from .known_circuits import plant
 from .partition import Partition, baseline_partition, complement, find_partition, mutual_information_matrix, name_subspaces
 from .toy_models import Batch, IndirectObject, Task, Tokenizer, UniqueCopy, _read, _threads, _write, heatmaps, load_model, model_configs
@@ -971,9 +971,7 @@ def evaluate(
 # %% ../nbs/02a_evaluation.ipynb #evaluate-run
 def _opened(model):
     "Model, tokenizer, and task where it has one."
-    if str(model).startswith("planted-"):
-        net, task = open_task(model)
-        return net, None, task
+    if known := open_planted(model): return known.model, None, known.task
     net, tokenizer = open_model(model)
     return net, tokenizer, load_model(model)[1] if model in model_configs() else None
 

@@ -8,11 +8,11 @@ import torch
 from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
-from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live, open_task
+from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live, open_planted, open_task
 from subspace_circuits.circuit_benchmark import entries, found_key, mean_overlap, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit
 from subspace_circuits.circuits import KeepOnly, Moments, average_precision, circuit_sites, divergence, find_circuit, to_graph
-from subspace_circuits.known_circuits import KnownCircuit, decode, null_model, plant
+from subspace_circuits.known_circuits import KnownCircuit, decode, null_model
 from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
 from subspace_circuits.preimages import readable
 from subspace_circuits.report import write_report
@@ -55,8 +55,7 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
 
 def opened(name: str) -> tuple[torch.nn.Module, Task, KnownCircuit | None]:
     "A model, its task, and its answer key if it was planted."
-    family = name.removeprefix("planted-")
-    known = plant(family) if family != name and not Path(name).exists() else None
+    known = open_planted(name)
     model, task = (known.model, known.task) if known else open_task(name)
     return model, task, known
 

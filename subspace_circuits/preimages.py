@@ -29,8 +29,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import ActivationStore, Samples, _Done, _encode, _figure, _start, _small_model, _wide, _write_json, batch_rows, capture, check_model, given, one_writer, open_model, open_task, read_sites
-from .known_circuits import plant
+from .activations import ActivationStore, Samples, _Done, _encode, _figure, _start, _small_model, _wide, _write_json, batch_rows, capture, check_model, given, one_writer, open_model, open_planted, open_task, read_sites
 from .neighbors import _faiss, nearest_neighbors
 from .partition import Partition, baseline_partition
 from .toy_models import Batch
@@ -767,7 +766,7 @@ def open_run(
         if not o.resolve().is_relative_to(run.resolve()): raise ValueError(f"{o} leads out of {run}: copy it into the run")
     config = json.loads((run/"config.json").read_text()) if (run/"config.json").exists() else {}
     if not (name := model or config.get("model")): raise ValueError(f"{run} does not name its model: pass --model")
-    net, tokenizer = (plant(name.removeprefix("planted-")).model, None) if str(name).startswith("planted-") else open_model(name)
+    net, tokenizer = (known.model, None) if (known := open_planted(name)) else open_model(name)
     store = ActivationStore(run/"store")
     check_model(store, net)
     indexes = [build_indexes(store, Partition.from_pretrained(o.parent), run/"index"/o.parent.name, overwrite=overwrite and _stale(store, o.parent, run/"index"/o.parent.name)) for o in files]
