@@ -406,11 +406,12 @@ def compare(
         true, moments = found_key(known, partitions), Moments(known.model, known.task, n=100, seed=seed)
         apart = held_apart(known, partitions, seed=seed) if learned else 1.
         partitions = check_partitions(known.model, partitions)
+        overlap = mean_overlap(known, partitions)
         for name, method in methods.items():
             start = time.perf_counter()
             scores = method(known.model, known.task, moments, partitions, seed)
             seconds = time.perf_counter() - start
-            rows.append(dict(family=family, seed=seed, method=name, learned=learned, seconds=seconds, overlap=mean_overlap(known, partitions), apart=apart,
+            rows.append(dict(family=family, seed=seed, method=name, learned=learned, seconds=seconds, overlap=overlap, apart=apart,
                              **grade(known, moments, partitions, true, scores, name in DECIDING, seed)))
     return rows
 

@@ -39,7 +39,7 @@ def test_planted_model(tmp_path):
 
 
 def test_run_of_a_planted_model(tmp_path):
-    "The main job says what the answer key says of it, in the last place a reader looks and the first."
+    "The main job prints, stores and reports what the answer key says."
     code, out, error = call("run", "planted-skip_trigram", "--out", tmp_path/"run")
     assert code == 0 and "the answer key: exact, average precision 1.00; overlap of subspaces" in out, error
     metrics = json.loads((tmp_path/"run"/"metrics.json").read_text())
@@ -50,7 +50,7 @@ def test_run_of_a_planted_model(tmp_path):
 
 
 def test_what_circuits_are_tried_on():
-    "Lists up to twice as long if the model can read them, pairs that were held out; a site with one subspace depends on nothing."
+    "Lists up to twice as long if the model can read them, pairs that were held out."
     from subspace_circuits.pipeline import trials
     from subspace_circuits.toy_models import load_model
     for name, want in dict(induction=["0-50", "51-100"], bigram_copy=["0-30", "31-38"], weekdays=["trained pairs", "held-out pairs"]).items():
