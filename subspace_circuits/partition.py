@@ -382,7 +382,10 @@ def _commuting_dense(C, k, generator):
         L[s] -= 2*(outer + outer.mT)
     L = (L[:, i, j]*w + L[:, j, i]*w)
     L += L.diagonal().mean()*torch.outer(one, one)
-    F = torch.linalg.cholesky(L + 1e-7*L.diagonal().mean()*torch.eye(len(L), dtype=C.dtype))
+    F, failed = torch.linalg.cholesky_ex(L + (1e-7*L.diagonal().mean()).clamp(min=1e-30)*torch.eye(len(L), dtype=C.dtype))
+    if failed and C.dtype != torch.double: # of low rank: single precision rounds zero to less than zero
+        exact = (C.double() + C.double().mT)/2
+        return tuple(o.to(C) for o in _commuting_dense(exact, k, generator))
     Q = torch.randn(len(L), min(k + 2, len(L)), generator=generator, dtype=C.dtype)
     for _ in range(10): Q = torch.linalg.qr(torch.cholesky_solve(Q, F))[0]
     e, u = torch.linalg.eigh(Q.T@L@Q)

@@ -322,3 +322,17 @@ def test_stability_of_too_little():
     with refused("0 refits"): stability(torch.randn(500, 4, generator=seeded()), "site", fit, n=0)
     with refused("399 activations"): stability(torch.randn(399, 4, generator=seeded()), "site", fit)
     with refused("of other, 4 wide"): stability(torch.randn(500, 4, generator=seeded()), "site", lambda h, site, seed: cut(torch.eye(4), [4], "other" if seed else site))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 12, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_commutant_of_any_rank(rank, dtype):
+    "Matrices of low rank leave the equations without full rank; what is found commutes all the same."
+    from subspace_circuits.partition import commuting
+    g = torch.Generator().manual_seed(rank)
+    frame = torch.linalg.qr(torch.randn(24, 24, generator=g, dtype=dtype))[0][:, :rank]
+    inner = torch.randn(20, rank, rank, generator=g, dtype=dtype)
+    C = frame@(inner + inner.mT)@frame.T
+    e, X = commuting(C, 3, g)
+    assert X.dtype == dtype and torch.isfinite(X).all() and torch.allclose(X.flatten(1).norm(dim=1), torch.ones(3, dtype=dtype), atol=1e-4)
+    if rank <= 12: assert (C[:, None]@X - X@C[:, None]).abs().max() < 1e-3*C.abs().max() # what the cumulants leave empty commutes with all
