@@ -599,12 +599,12 @@ def average_precision(
     edges:list[dict], true:set[tuple], # Scored or ranked edges, identities of the true ones
     score:str|None=None, # Entry to rank by; None: the order they come in
 )->dict[str, float]: # By type of edge
-    "Compute the average precision of a ranking, for each type that has true edges."
+    "Compute the average precision of a ranking, for each type that has true edges; those that it lacks count as missed."
     out = {}
     for kind in ("QK", "OV", "MLP"):
         of = [o for o in edges if o["type"] == kind]
         hits = torch.tensor([identity(o) in true for o in (sorted(of, key=lambda o: -o[score]) if score else of)], dtype=torch.double)
-        if hits.sum(): out[kind] = ((hits.cumsum(0)/torch.arange(1, len(hits) + 1))*hits).sum().item()/hits.sum().item()
+        if n := sum(o[1] == kind for o in true): out[kind] = ((hits.cumsum(0)/torch.arange(1, len(hits) + 1))*hits).sum().item()/n
     return out
 
 # %% ../nbs/03_circuits.ipynb #living

@@ -48,8 +48,15 @@ def run(model: Annotated[str, typer.Argument(help="A bundled model, planted- and
     full, kept = (metrics["accuracy"][o] for o in ("full", "keep_only"))
     print(f"{metrics['circuit']['n_edges']} of {metrics['circuit']['n_candidates']} edges kept; accuracy "
           + ", ".join(f"{kept[k]:.3f} (full {full[k]:.3f}) {'at length' if k[0].isdigit() else 'on'} {k}" for k in full) + f"; {sum(metrics['seconds'].values()):.0f} s")
-    if "exact" in metrics["circuit"]: print("the answer key: {0}, average precision {average_precision:.2f}; overlap of subspaces {overlap:.2f}".format("exact" if metrics["circuit"]["exact"] else "not exact", **metrics["circuit"], **metrics["partition"]))
+    if metrics["partition"]: print(key_line(metrics["circuit"], metrics["partition"]))
     print(f"report: {out/'report.html'}")
+
+
+def key_line(circuit: dict, partition: dict) -> str:
+    "What the answer key of a planted model says of a run, strictly."
+    exact = "exact" if circuit["strict_exact"] else "not exact"
+    return (f"the answer key: {partition['isolated']} of {partition['variables']} variables isolated ({partition['isolated_no_excuse']} without excuse); "
+            f"circuit {exact}, strict average precision {circuit['strict_average_precision']:.2f}")
 
 
 @app.command()
@@ -109,11 +116,12 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
 @benchmark.command("circuits")
 def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of each planted family, and random models of each kind.")] = 3,
                        learned: Annotated[bool, typer.Option(help="Learn subspaces too: minutes for each model.")] = True,
+                       grades: Annotated[Optional[Path], typer.Option(help="File of JSON lines to keep every grade in as it comes; the same command goes on from there.")] = None,
                        quick: Annotated[bool, typer.Option("--quick", help="One seed of two families, true subspaces: a check that it runs.")] = False,
                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
-    "Every method on every planted circuit, from true and from learned subspaces, and on random models; each figure beside its bar."
+    "Every method on every planted circuit by the strict grade, from true subspaces and from those of every learner, and on random models; each figure beside its bar."
     from subspace_circuits.circuit_benchmark import benchmark_circuits
-    _print_figures(benchmark_circuits(*((("induction", "histogram"), 1, False) if quick else ()), **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
+    _print_figures(benchmark_circuits(*((("induction", "histogram"), 1, False) if quick else ()), kept=grades, **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
 
 
 @benchmark.command("evaluation")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BETA', 'IDENTITY', 'DECOYS', 'FAMILIES', 'COUNT', 'frame', 'coherence', 'circle_codes', 'fit_map', 'Head', 'Neurons',
            'Plan', 'lookup', 'staircase', 'induction', 'Stream', 'assemble', 'PlantedTask', 'present', 'key_edges',
-           'decode', 'KnownCircuit', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key', 'skip_trigram',
-           'bigram_copy', 'histogram', 'fraction_of_previous', 'reverse', 'sort', 'modular_addition', 'two_circuits',
-           'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families']
+           'decode', 'KnownCircuit', 'key_values', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key',
+           'skip_trigram', 'bigram_copy', 'histogram', 'fraction_of_previous', 'reverse', 'sort', 'modular_addition',
+           'two_circuits', 'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families']
 
 # %% ../nbs/00a_known_circuits.ipynb #imports
 import copy, math
@@ -241,7 +241,8 @@ class Stream:
         self.dual = dict(zip(self.dims, dual.split([*self.dims.values(), rest.shape[1]], 1)))
         self.carrier, gain = norm*rest[:, -1], norm/math.sqrt(d) or 1.
         self.write = {k: v.T*scale.get(k, 1.) for k, v in self.basis.items()}      # code d_model
-        self.read = {k: self.dual[k]/scale.get(k, 1.)*gain for k in self.basis}    # d_model code
+        self.code = {k: self.dual[k]/scale.get(k, 1.) for k in self.basis}         # d_model code
+        self.read = {k: v*gain for k, v in self.code.items()}                      # the same behind the norm
 
 # %% ../nbs/00a_known_circuits.ipynb #head-factors-code
 def _factors(head, stream):
@@ -414,7 +415,7 @@ def decode(
     site:str, # Hook name
 )->dict[str, Int[Tensor, "..."]]: # -1 where a variable is absent
     "Read the value of every variable off activations: the code it is nearest to."
-    code = {k: h@known.stream.read[k] for k in known.bases[site] if k != "rest" and len(known.plan.codes[k]) > 1}
+    code = {k: h@known.stream.code[k] for k in known.bases[site] if k != "rest" and len(known.plan.codes[k]) > 1}
     return {k: torch.where(v.norm(dim=-1) > .5, (v@known.plan.codes[k].T).argmax(-1), -1) for k, v in code.items()}
 
 # %% ../nbs/00a_known_circuits.ipynb #known-circuit
@@ -439,6 +440,30 @@ class KnownCircuit:
         return decode(self, cache[site], site)
 
     def __repr__(self): return f"KnownCircuit {self.name}: {len(self.edges)} edges, {len(self.decoys)} decoys, d_model {self.stream.d_model}"
+
+# %% ../nbs/00a_known_circuits.ipynb #key-values
+def key_values(
+    known:KnownCircuit, batch:Batch, sites:list[str], # Sequences, hook names
+    levels:int=32, # Steps up to the largest level of a variable with one code; 16 and 64 give the same grades (page 03a)
+)->dict[str, dict[str, Int[Tensor, "row"]]]: # Site to variable to its value at each real position; -1 where it is absent
+    "Read the discrete values of every variable off the plan, compiled without noise."
+    if wrong := [o for o in sites if o not in known.bases]:
+        raise ValueError(f"{wrong[0]} is no site of {known.name}: use some of {', '.join(known.bases)}")
+    twin = assemble(known.plan, known.stream, torch.Generator().manual_seed(0))
+    _, cache = twin.run_with_cache(batch.tokens, position_ids=batch.positions, names_filter=lambda o: o in sites)
+    rows = {o: cache[o][batch.real] for o in sites}
+    return {o: decode(known, h, o) | _levels(known, h, o, levels) for o, h in rows.items()}
+
+def _levels(known, h, site, levels):
+    "Levels of the variables with a single code."
+    out = {}
+    for k in known.bases[site]:
+        if k == "rest" or len(known.plan.codes[k]) > 1 or not known.plan.codes[k].any(): continue
+        code = known.plan.codes[k][0]
+        size = h@known.stream.code[k]@code/code.square().sum()
+        step = (levels*size/size.abs().max()).round().long()
+        out[k] = torch.where(size.abs() > .5, levels + step, -1)
+    return out
 
 # %% ../nbs/00a_known_circuits.ipynb #replay
 class Replay:

@@ -9,11 +9,11 @@ from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
 from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live, open_planted, open_task
-from subspace_circuits.circuit_benchmark import entries, found_key, mean_overlap, ranked, reported
+from subspace_circuits.circuit_benchmark import found_key, key_grade, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit
-from subspace_circuits.circuits import KeepOnly, Moments, average_precision, circuit_sites, divergence, find_circuit, to_graph
+from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
 from subspace_circuits.known_circuits import KnownCircuit, decode, null_model
-from subspace_circuits.partition import Partition, between_class, determination, grow_partition, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
+from subspace_circuits.partition import Partition, between_class, determination, grow_partition, isolation, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
 from subspace_circuits.preimages import readable
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import PairTask, Task, accuracy, attention, head_scores, load_model
@@ -229,11 +229,18 @@ def summary(edges: list, found: dict) -> dict:
 
 
 def against_key(known: KnownCircuit, partitions: dict, edges: list, found: dict) -> dict:
-    "What an answer key says of a circuit and of its subspaces; average precision over types of edges."
-    true, scores = found_key(known, partitions), ranked(edges, found["candidates"])
-    precision = average_precision(entries(scores), true, "score")
-    return dict(circuit=dict(average_precision=sum(precision.values())/len(precision), exact=reported(scores, true, True) == true),
-                partition=dict(overlap=mean_overlap(known, partitions)))
+    "What an answer key says of subspaces and circuit, strictly and without excuse; average precision over types of edges."
+    homes, scores = isolation(known, partitions), ranked(edges, found["candidates"])
+    circuit, counts = {}, dict(variables=len(homes))
+    for name, alone, excuse in (("strict", "isolated", True), ("no_excuse", "isolated_no_excuse", False)):
+        graded = key_grade(scores, reported(scores), found_key(known, partitions, homes, excuse))
+        precision = list(graded["precision"].values())
+        circuit |= {f"{name}_average_precision": sum(precision)/len(precision), f"{name}_exact": graded["exact"]}
+        counts[alone] = sum(o.isolated if excuse else o.no_excuse for o in homes.values())
+    whole = {s: Partition({"all": torch.eye(len(p.basis))}, s) for s, p in partitions.items()}
+    counts["isolated_one_block"] = sum(o.isolated for o in isolation(known, whole).values())
+    variables = [dict(site=site, variable=k) | o._asdict() for (site, k), o in homes.items()]
+    return dict(circuit=circuit, partition=counts | dict(homes=variables))
 
 
 def example(model, task, seed: int) -> dict:

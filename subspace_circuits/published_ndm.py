@@ -153,6 +153,7 @@ PUBLISHED = {
     "gpt2-small": _gpt2,
     "qwen2.5-1.5b": _gpt2 | dict(unit=64, merge_threshold=.02),
     "gemma-2-2b": _gpt2 | dict(unit=72, steps=150_000, merge_start=10_000, merge_interval=4_000, merge_threshold=.01),
+    "small site": _gpt2 | dict(unit=4, pool=2048, steps=600, lr=3e-3, merge_start=120, merge_interval=48, mi_keys=127), # page 03a's rival
     "toy": dict(unit=2, pool=4, steps=90_000, lr=1e-3, merge_start=63_000, merge_interval=3_000, merge_threshold=.04, mi_keys=127, remix_interval=3_000),
 }
 
