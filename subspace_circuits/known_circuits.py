@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BETA', 'IDENTITY', 'DECOYS', 'FAMILIES', 'COUNT', 'frame', 'coherence', 'circle_codes', 'fit_map', 'Head', 'Neurons',
            'Plan', 'lookup', 'staircase', 'induction', 'Stream', 'assemble', 'PlantedTask', 'present', 'key_edges',
-           'decode', 'KnownCircuit', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key', 'skip_trigram',
+           'KnownCircuit', 'decode', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key', 'skip_trigram',
            'bigram_copy', 'histogram', 'fraction_of_previous', 'reverse', 'sort', 'modular_addition', 'two_circuits',
            'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families']
 
@@ -408,15 +408,6 @@ def _true_bases(plan, stream, site):
     rest = torch.linalg.svd(own, full_matrices=True)[0][:, own.shape[1]:]
     return {k: stream.basis[k] for k in names} | {"rest": rest}
 
-# %% ../nbs/00a_known_circuits.ipynb #decode
-def decode(
-    known:"KnownCircuit", h:Float[Tensor, "... d_model"], # Activations of one of its sites
-    site:str, # Hook name
-)->dict[str, Int[Tensor, "..."]]: # -1 where a variable is absent
-    "Read the value of every variable off activations: the code it is nearest to."
-    code = {k: h@known.stream.read[k] for k in known.bases[site] if k != "rest" and len(known.plan.codes[k]) > 1}
-    return {k: torch.where(v.norm(dim=-1) > .5, (v@known.plan.codes[k].T).argmax(-1), -1) for k, v in code.items()}
-
 # %% ../nbs/00a_known_circuits.ipynb #known-circuit
 class KnownCircuit:
     "A planted model, its task, the true subspaces of every site and the true edges."
@@ -439,6 +430,15 @@ class KnownCircuit:
         return decode(self, cache[site], site)
 
     def __repr__(self): return f"KnownCircuit {self.name}: {len(self.edges)} edges, {len(self.decoys)} decoys, d_model {self.stream.d_model}"
+
+# %% ../nbs/00a_known_circuits.ipynb #decode
+def decode(
+    known:KnownCircuit, h:Float[Tensor, "... d_model"], # Activations of one of its sites
+    site:str, # Hook name
+)->dict[str, Int[Tensor, "..."]]: # -1 where a variable is absent
+    "Read the value of every variable off activations: the code it is nearest to."
+    code = {k: h@known.stream.read[k] for k in known.bases[site] if k != "rest" and len(known.plan.codes[k]) > 1}
+    return {k: torch.where(v.norm(dim=-1) > .5, (v@known.plan.codes[k].T).argmax(-1), -1) for k, v in code.items()}
 
 # %% ../nbs/00a_known_circuits.ipynb #replay
 class Replay:

@@ -782,7 +782,8 @@ def show(
     "Display a figure in notebooks and, offline, on the site."
     from IPython.display import display
     fig.layout.template.data = None # how other kinds of traces would look
-    html = fig.to_html(full_html=False, include_plotlyjs="assets/plotly.min.js", div_id=name, config={"displayModeBar": False})
+    html = fig.to_html(full_html=False, include_plotlyjs="assets/plotly.min.js", div_id=f"figure:{name}",
+                       config={"displayModeBar": False})
     display({"application/vnd.plotly.v1+json": fig.to_plotly_json(), "text/html": html, "text/plain": f"<figure {name}>"}, raw=True)
 
 # %% ../nbs/00_toy_models.ipynb #heatmaps
