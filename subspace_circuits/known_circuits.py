@@ -7,10 +7,11 @@ __all__ = ['BETA', 'IDENTITY', 'DECOYS', 'FAMILIES', 'COUNT', 'frame', 'coherenc
            'Plan', 'lookup', 'staircase', 'induction', 'Stream', 'assemble', 'PlantedTask', 'present', 'key_edges',
            'KnownCircuit', 'decode', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key', 'skip_trigram',
            'bigram_copy', 'histogram', 'fraction_of_previous', 'reverse', 'sort', 'modular_addition', 'two_circuits',
-           'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families']
+           'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families', 'benchmark_models']
 
 # %% ../nbs/00a_known_circuits.ipynb #imports
 import copy, math
+from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .toy_models import Batch, Task, accuracy, new_model, parameters
+from .toy_models import Batch, Task, _threads, accuracy, benchmark_toys, new_model, parameters
 
 # %% ../nbs/00a_known_circuits.ipynb #frame
 def frame(
@@ -1171,3 +1172,14 @@ def known_families()->list[dict]: # Name, task, shape, variables, numbers of edg
             variables=[k for k in plan.codes if any(k in (o["a"], o["b"]) for o in true)],
             edges=len(true), decoys=len(decoys), noise=noise))
     return rows
+
+# %% ../nbs/00a_known_circuits.ipynb #benchmark-models
+def benchmark_models(
+    families:tuple[str, ...]=tuple(FAMILIES), # Planted one after the other
+)->Iterator[dict]: # What was measured, with its bar
+    "Time toy models, the import of the package, and planting with its certificate."
+    from subspace_circuits.activations import _figure, side_by_side # which builds on this module
+    yield from benchmark_toys()
+    with _threads(1): spent = side_by_side({k: lambda k=k: plant(k, seed=1) for k in families}, 1)
+    slowest = max(spent, key=spent.get)
+    yield _figure(f"planting, slowest of {len(families)}: {slowest}", spent[slowest], "s", "below 20", spent[slowest] < 20)
