@@ -838,7 +838,7 @@ class Browser:
         if "exceptionDetails" in o: raise ValueError(o["exceptionDetails"]["exception"].get("description", "the script failed"))
         return o["result"].get("value")
 
-    def wait(self, script:str, seconds:float=30):
+    def wait(self, script:str, seconds:float=300):
         "Wait until an expression is true."
         end = time.monotonic() + seconds
         while not self.run(script):
