@@ -1,4 +1,4 @@
-"""Process every page as nbdev does for the website; fail on any error, naming page and cell. It writes nothing.
+"""Process every page as nbdev does for the website; fail on any error and name page and cell. It writes nothing.
 
 nbdev runs the cells that documentation needs (exports, imports, `show_doc`) and no other. An error there stops
 `make docs`; a figure drawn in the wrong place or a link to nothing does not. All are found here, page by page."""
