@@ -26,6 +26,7 @@ readme: .venv/.installed  ## README.md from nbs/index.ipynb
 docs:  ## the website, into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: see https://quarto.org/docs/get-started' >&2; exit 1; }
 	@$(MAKE) --no-print-directory readme
+	@$(ACTIVATE) OMP_NUM_THREADS=1 python .ci/pages.py
 	@mkdir -p nbs/assets
 	@.venv/bin/python -c "from plotly.offline import get_plotlyjs; print(get_plotlyjs())" > nbs/assets/plotly.min.js
 	@$(ACTIVATE) nbdev_docs

@@ -81,6 +81,23 @@ def capture(model: Annotated[str, typer.Argument(help="A bundled model, planted-
     if ranks()[0] == 0: print(f"{len(store)} rows of {len(store.sites)} sites in {out}")
 
 
+@benchmark.command("models")
+def benchmark_models(*, quick: Annotated[bool, typer.Option("--quick", help="One family: a check that it runs.")] = False,
+                     as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Toy models beside what one would write, the import of the package, planting with its certificate; each figure beside its bar."
+    from subspace_circuits.known_circuits import benchmark_models
+    _print_figures(benchmark_models(*((("induction",),) if quick else ())), as_json)
+
+
+@benchmark.command("neighbors")
+def benchmark_neighbors(threads: Annotated[int, typer.Option(min=1, help="Of torch and of faiss.")] = 1, *,
+                        quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
+                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+    "Search inside subspaces, and mutual information of all pairs, beside what one would write; each figure beside its bar."
+    from subspace_circuits.neighbors import benchmark_neighbors
+    _print_figures(benchmark_neighbors(threads, **(dict(blocks=3, keys=640, rows=200, rounds=1) if quick else {})), as_json)
+
+
 @benchmark.command("store")
 def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small model for the first bar, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
                     rows: Annotated[int, typer.Option(min=1000, help="Rows of the largest capture whose memory is measured.")] = 1_000_000,

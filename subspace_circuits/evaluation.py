@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import _encode, _figure, _start, _write_json, batch_rows, check_sites, fingerprint, given, open_model, open_planted, read_sites
+from .activations import _encode, _figure, _start, _write_json, batch_rows, check_sites, fingerprint, given, open_model, open_planted, read_sites, side_by_side
 from .known_circuits import plant
 from .partition import Partition, baseline_partition, complement, find_partition, mutual_information_matrix, name_subspaces
 from .toy_models import Batch, IndirectObject, Task, Tokenizer, UniqueCopy, _read, _threads, _write, heatmaps, load_model, model_configs
@@ -1045,10 +1045,20 @@ def benchmark_gpt2(
 def benchmark_trained(
     seeds:int=3, # Of planted circuits
 )->list[dict]: # What was measured, with its bar
-    "Test planted carriers, and set learned partitions of the bundled models beside the supervised bound; one thread, with which small models are fastest."
-    with _threads(1): return [o for seed in range(seeds) for o in _planted_figures(seed)] + [o for name, rows in (("induction", _induction_rows), ("ioi", _ioi_rows)) for o in _trained_figures(name, *rows())]
+    "Time patching beside a loop, test planted carriers, and set learned partitions of the bundled models beside the supervised bound; one thread, with which small models are fastest."
+    with _threads(1): return _loop_figures() + [o for seed in range(seeds) for o in _planted_figures(seed)] + [o for name, rows in (("induction", _induction_rows), ("ioi", _ioi_rows)) for o in _trained_figures(name, *rows())]
 
 # %% ../nbs/02a_evaluation.ipynb #benchmark-parts
+def _loop_figures():
+    "Every subspace of a planted circuit and the whole of its site, on 150 prompts at once and prompt by prompt."
+    known, site, g = plant("induction", certified=False), "blocks.0.hook_resid_post", torch.Generator().manual_seed(0)
+    pairs = copy_tests(known.task.sample(400, generator=g), g)["token"].take(slice(0, 150))
+    patches = patches_of(Partition(known.bases[site], site))
+    runs = {f: lambda f=f: f(known.model, pairs, patches) for f in (prompt_by_prompt, interchange)}
+    spent = side_by_side(runs, 1)
+    ratio = spent[prompt_by_prompt]/spent[interchange]
+    return [_figure("planted circuit, batched over prompt by prompt", ratio, "x", "at least 10", ratio >= 10)]
+
 def _planted_figures(seed):
     "Both variables of one planted circuit, decoys on."
     figures, known, site = [], plant("induction", seed=seed, certified=False), "blocks.0.hook_resid_post"

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['BETA', 'IDENTITY', 'DECOYS', 'FAMILIES', 'COUNT', 'frame', 'coherence', 'circle_codes', 'fit_map', 'Head', 'Neurons',
            'Plan', 'lookup', 'staircase', 'induction', 'Stream', 'assemble', 'PlantedTask', 'present', 'key_edges',
-           'decode', 'KnownCircuit', 'key_values', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key',
+           'KnownCircuit', 'decode', 'key_values', 'Replay', 'certify', 'add_decoys', 'plant', 'draw_key',
            'skip_trigram', 'bigram_copy', 'histogram', 'fraction_of_previous', 'reverse', 'sort', 'modular_addition',
-           'two_circuits', 'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families']
+           'two_circuits', 'one_head', 'ioi', 'pointer_chase', 'boolean', 'null_model', 'known_families',
+           'benchmark_models']
 
 # %% ../nbs/00a_known_circuits.ipynb #imports
 import copy, math
+from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .toy_models import Batch, Task, accuracy, new_model, parameters
+from .toy_models import Batch, Task, _threads, accuracy, benchmark_toys, new_model, parameters
 
 # %% ../nbs/00a_known_circuits.ipynb #frame
 def frame(
@@ -409,15 +411,6 @@ def _true_bases(plan, stream, site):
     rest = torch.linalg.svd(own, full_matrices=True)[0][:, own.shape[1]:]
     return {k: stream.basis[k] for k in names} | {"rest": rest}
 
-# %% ../nbs/00a_known_circuits.ipynb #decode
-def decode(
-    known:"KnownCircuit", h:Float[Tensor, "... d_model"], # Activations of one of its sites
-    site:str, # Hook name
-)->dict[str, Int[Tensor, "..."]]: # -1 where a variable is absent
-    "Read the value of every variable off activations: the code it is nearest to."
-    code = {k: h@known.stream.code[k] for k in known.bases[site] if k != "rest" and len(known.plan.codes[k]) > 1}
-    return {k: torch.where(v.norm(dim=-1) > .5, (v@known.plan.codes[k].T).argmax(-1), -1) for k, v in code.items()}
-
 # %% ../nbs/00a_known_circuits.ipynb #known-circuit
 class KnownCircuit:
     "A planted model, its task, the true subspaces of every site and the true edges."
@@ -441,10 +434,19 @@ class KnownCircuit:
 
     def __repr__(self): return f"KnownCircuit {self.name}: {len(self.edges)} edges, {len(self.decoys)} decoys, d_model {self.stream.d_model}"
 
+# %% ../nbs/00a_known_circuits.ipynb #decode
+def decode(
+    known:KnownCircuit, h:Float[Tensor, "... d_model"], # Activations of one of its sites
+    site:str, # Hook name
+)->dict[str, Int[Tensor, "..."]]: # -1 where a variable is absent
+    "Read the value of every variable off activations: the code it is nearest to."
+    code = {k: h@known.stream.code[k] for k in known.bases[site] if k != "rest" and len(known.plan.codes[k]) > 1}
+    return {k: torch.where(v.norm(dim=-1) > .5, (v@known.plan.codes[k].T).argmax(-1), -1) for k, v in code.items()}
+
 # %% ../nbs/00a_known_circuits.ipynb #key-values
 def key_values(
     known:KnownCircuit, batch:Batch, sites:list[str], # Sequences, hook names
-    levels:int=32, # Steps up to the largest level of a variable with one code; 16 and 64 give the same grades (page 03a)
+    levels:int=32, # Steps up to the largest level of a variable with one code
 )->dict[str, dict[str, Int[Tensor, "row"]]]: # Site to variable to its value at each real position; -1 where it is absent
     "Read the discrete values of every variable off the plan, compiled without noise."
     if wrong := [o for o in sites if o not in known.bases]:
@@ -1196,3 +1198,14 @@ def known_families()->list[dict]: # Name, task, shape, variables, numbers of edg
             variables=[k for k in plan.codes if any(k in (o["a"], o["b"]) for o in true)],
             edges=len(true), decoys=len(decoys), noise=noise))
     return rows
+
+# %% ../nbs/00a_known_circuits.ipynb #benchmark-models
+def benchmark_models(
+    families:tuple[str, ...]=tuple(FAMILIES), # Planted one after the other
+)->Iterator[dict]: # What was measured, with its bar
+    "Time toy models, the import of the package, and planting with its certificate."
+    from subspace_circuits.activations import _figure, side_by_side # which builds on this module
+    yield from benchmark_toys()
+    with _threads(1): spent = side_by_side({k: lambda k=k: plant(k, seed=1) for k in families}, 1)
+    slowest = max(spent, key=spent.get)
+    yield _figure(f"planting, slowest of {len(families)}: {slowest}", spent[slowest], "s", "below 20", spent[slowest] < 20)

@@ -7,7 +7,8 @@ __all__ = ['nearest', 'Neighbors', 'nearest_neighbors', 'mutual_information', 'I
            'distance_correlation', 'benchmark_neighbors']
 
 # %% ../nbs/01a_neighbors.ipynb #imports
-import time
+import math, time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .activations import side_by_side
+from .activations import _figure, side_by_side
+from .toy_models import _threads
 
 # %% ../nbs/01a_neighbors.ipynb #nearest
 def nearest(
@@ -348,26 +350,40 @@ def distance_correlation(
     size = (a.square().mean()*b.square().mean()).sqrt().item()
     return max(together[0]/size, 0.)**.5, sum(o >= together[0] for o in together)/(1 + draws)
 
+# %% ../nbs/01a_neighbors.ipynb #by-tables
+def _by_tables(x, y):
+    "Mutual information of one pair, all distances at once."
+    dx, dy = (torch.cdist(o, o)/o.var(0).sum().sqrt() for o in (x, y))
+    radius = torch.maximum(dx, dy).fill_diagonal_(torch.inf).amin(1, keepdim=True)
+    near = torch.digamma(torch.tensor(1.)) + math.log(len(x)) - (dx <= radius).sum(1).log() - (dy <= radius).sum(1).log()
+    return near.mean().item()
+
 # %% ../nbs/01a_neighbors.ipynb #benchmark
 def benchmark_neighbors(
     threads:int=1, # Of torch and of faiss
     blocks:int=24, width:int=32, # Subspaces and their dimension
     queries:int=128, keys:int=16_384,
-    rows:int=4_000, # For mutual information; 0: do not time it
-    rounds:int=5, # Of the search; mutual information runs once
-)->dict[str, float]: # Milliseconds
-    "Time a search beside the bare product and what one would write, and mutual information of all pairs, on noise."
-    before, sizes, g = torch.get_num_threads(), [width]*blocks, torch.Generator().manual_seed(0)
+    rows:int=4_000, # For mutual information
+    rounds:int=5, # Of the search; mutual information of all pairs runs once, of one pair three times
+)->Iterator[dict]: # What was measured, with its bar
+    "Time a search beside the bare product and what one would write, and mutual information of all pairs beside pair by pair, on noise."
+    sizes, g, pairs = [width]*blocks, torch.Generator().manual_seed(0), blocks*(blocks - 1)//2
     x, y = (torch.randn(n, blocks*width, generator=g) for n in (queries, keys))
     a, b, out = x.view(-1, blocks, width).transpose(0, 1), y.view(-1, blocks, width).transpose(0, 1), torch.empty(blocks, queries, keys)
-    torch.set_num_threads(threads)
-    try:
-        spent = side_by_side({"bare product": lambda: torch.bmm(a, b.mT, out=out), "tiles": lambda: nearest_neighbors(x, y, sizes),
-                              "faiss": lambda: nearest_neighbors(x, y, sizes, backend="faiss"), "one line": lambda: nearest(x, y, sizes),
-                              "cdist + min": lambda: torch.cdist(a, b).min(2)}, rounds)
-        spent = {k: 1000*v for k, v in spent.items()}
-        if not rows: return spent
-        parts, start = list(torch.randn(rows, blocks*width, generator=g).split(sizes, 1)), time.perf_counter()
+    searches = {"bare product": lambda: torch.bmm(a, b.mT, out=out), "tiles": lambda: nearest_neighbors(x, y, sizes),
+                "faiss": lambda: nearest_neighbors(x, y, sizes, backend="faiss"), "one line": lambda: nearest(x, y, sizes),
+                "cdist and a minimum": lambda: torch.cdist(a, b).min(2)}
+    parts = list(torch.randn(rows, blocks*width, generator=g).split(sizes, 1))
+    with _threads(threads):
+        spent = side_by_side(searches, rounds)
+        start = time.perf_counter()
         _all_pairs(_check_blocks(parts, 1), 1)
-        return spent | {"mutual information": 1000*(time.perf_counter() - start)}
-    finally: torch.set_num_threads(before)
+        together = time.perf_counter() - start
+        apart = pairs*side_by_side({"pair": lambda: _by_tables(*parts[:2])}, 3)["pair"]
+    yield _figure("threads of torch", threads, "")
+    for k, v in spent.items(): yield _figure(f"{blocks} subspaces x {width}, {queries} queries, {keys} keys: {k}", 1000*v, "ms")
+    over, under = spent["tiles"]/spent["bare product"], spent["cdist and a minimum"]/spent["tiles"]
+    yield _figure("tiles over the bare product", over, "x", "at most 3", over <= 3)
+    yield _figure("cdist and a minimum over tiles", under, "x", "at least 1.5", under >= 1.5)
+    yield _figure(f"mutual information, {pairs} pairs, {rows} rows", together, "s", "below 20", together < 20)
+    yield _figure("pair by pair (one measured) over all pairs together", apart/together, "x", "at least 2", apart >= 2*together)

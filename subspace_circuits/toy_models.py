@@ -9,12 +9,12 @@ __all__ = ['TASKS', 'MODELS', 'RECIPES', 'TOYS', 'RESIDUAL_MLPS', 'Tokenizer', '
            'ModularAddition', 'Weekdays', 'Months', 'IndirectObject', 'new_task', 'new_model', 'parameters', 'accuracy',
            'train', 'save_model', 'load_weights', 'model_configs', 'closest_first', 'load_model', 'attention',
            'induction_jobs', 'head_scores', 'show', 'heatmaps', 'fourier_power', 'fourier_plane', 'residues',
-           'model_scores', 'train_shipped', 'rings', 'ExclusiveGroups', 'SparseFeatures', 'Autoencoders',
+           'model_scores', 'train_shipped', 'rings', 'by_loop', 'ExclusiveGroups', 'SparseFeatures', 'Autoencoders',
            'train_autoencoders', 'GroupGeometry', 'group_geometry', 'group_bases', 'arrows', 'ResidualMLP',
-           'neuron_contributions', 'train_residual_mlp']
+           'neuron_contributions', 'train_residual_mlp', 'benchmark_toys']
 
 # %% ../nbs/00_toy_models.ipynb #imports
-import json, math
+import json, math, subprocess, sys
 from contextlib import contextmanager
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -782,7 +782,8 @@ def show(
     "Display a figure in notebooks and, offline, on the site."
     from IPython.display import display
     fig.layout.template.data = None # how other kinds of traces would look
-    html = fig.to_html(full_html=False, include_plotlyjs="assets/plotly.min.js", div_id=name, config={"displayModeBar": False})
+    html = fig.to_html(full_html=False, include_plotlyjs="assets/plotly.min.js", div_id=f"figure:{name}",
+                       config={"displayModeBar": False})
     display({"application/vnd.plotly.v1+json": fig.to_plotly_json(), "text/html": html, "text/plain": f"<figure {name}>"}, raw=True)
 
 # %% ../nbs/00_toy_models.ipynb #heatmaps
@@ -902,6 +903,21 @@ def rings(
                         line=dict(color="#c6dbef", width=1), marker=dict(color="#08519c", size=5), showlegend=False, row=1, col=i)
     fig.update_xaxes(range=[-1.25, 1.25], visible=False).update_yaxes(range=[-1.25, 1.25], visible=False)
     return fig.update_layout(width=40 + size*len(panels), height=size + 50, margin=dict(l=10, r=10, t=40, b=10), template="plotly_white")
+
+# %% ../nbs/00_toy_models.ipynb #groups-loop
+def by_loop(
+    sizes:list[int], n:int, # Number of features of each group; number of samples
+    generator:torch.Generator, # Source of all randomness
+)->Float[Tensor, "batch feature"]:
+    "Draw from groups of features as one would write it: one sample after the other, each group off with probability .25."
+    x = torch.zeros(n, sum(sizes))
+    for i in range(n):
+        start = 0
+        for size in sizes:
+            if torch.rand((), generator=generator) >= .25:
+                x[i, start + torch.randint(size, (), generator=generator)] = torch.rand((), generator=generator)
+            start += size
+    return x
 
 # %% ../nbs/00_toy_models.ipynb #exclusive-groups
 class ExclusiveGroups:
@@ -1174,3 +1190,25 @@ def train_residual_mlp(
         loss.backward()
         optimizer.step()
     return ResidualMLP(*(o.detach() for o in model))
+
+# %% ../nbs/00_toy_models.ipynb #benchmark-toys
+def _import_seconds(times=3):
+    "Shortest of a few imports of the package, each in a fresh interpreter."
+    code = "import time; start = time.perf_counter(); import subspace_circuits; print(time.perf_counter() - start)"
+    said = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout for _ in range(times)]
+    return min(map(float, said))
+
+def benchmark_toys()->list[dict]: # What was measured, with its bar
+    "Time drawing at once beside a loop, a model on features beside the model as it is written, and the import of the package."
+    from subspace_circuits.activations import _figure, side_by_side # which builds on this module
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g)/shape[-2]**.5
+    groups, x = ExclusiveGroups([20, 20]), SparseFeatures(102, .01, low=-1.).sample(2048, g)
+    deep = ResidualMLP(F.normalize(draw(102, 1000), dim=1), draw(3, 1000, 17), draw(3, 17, 1000))
+    with _threads(1):
+        drawn = side_by_side({"loop": lambda: by_loop(groups.sizes, 500, g), "at once": lambda: groups.sample(500*40, g)})
+        answered = side_by_side({"as written": lambda: deep(x), "on features": lambda: deep.on_features(x)})
+    loop, stream, started = 40*drawn["loop"]/drawn["at once"], answered["as written"]/answered["on features"], _import_seconds()
+    return [_figure("exclusive groups, a loop over drawing at once", loop, "x", "at least 50", loop >= 50),
+            _figure("residual MLP, as written over on features", stream, "x", "at least 1.5", stream >= 1.5),
+            _figure("import of the package", started, "s", "below .3", started < .3)]

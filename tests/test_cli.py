@@ -120,6 +120,15 @@ def test_benchmark_store(tmp_path):
     assert sum(o["bar"] == "at least .85" for o in figures) == 6 and all(o["figure"] > 0 for o in figures)
 
 
+@pytest.mark.parametrize("area, bars", [("models", ["at least 50", "at least 1.5", "below .3", "below 20"]),
+                                        ("neighbors", ["at most 3", "at least 1.5", "below 20", "at least 2"])])
+def test_benchmark_of_models_and_neighbors(tmp_path, area, bars):
+    code, out, error = call("benchmark", area, "--quick", "--json", tmp_path/"figures.json")
+    figures = json.loads((tmp_path/"figures.json").read_text())
+    assert code == 0 and len(out.splitlines()) == len(figures), error
+    assert [o["bar"] for o in figures if o["bar"]] == bars and all(o["figure"] > 0 for o in figures)
+
+
 def test_store_of_another_seed(store):
     assert "holds a capture with seed 0, not 1" in refused("capture", "induction", "--out", store, "--sites", "blocks.0.hook_resid_mid", "--shards", 1, "--seed", 1)
 

@@ -285,7 +285,7 @@ def test_command_serves_until_it_is_stopped(run):
         with urlopen(address) as reply: assert "What does a subspace see?" in reply.read().decode()
         assert f"port {address.rsplit(':', 1)[1]} cannot be used" in refused("explore", run, "--port", address.rsplit(":", 1)[1])
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(300) == 0
     finally: process.kill()
 
 

@@ -26,11 +26,8 @@ def kept_files():
 
 
 def test_import_is_light():
-    code = """import sys, time; start = time.perf_counter(); import subspace_circuits; print(time.perf_counter() - start)
-print(*{o.split('.')[0] for o in sys.modules})"""
-    runs = [python(code) for _ in range(3)]
-    assert min(float(o[0]) for o in runs) < 0.3
-    assert not {"torch", "transformer_lens", "nbdev", "fastcore"} & set(runs[0])
+    code = "import sys; before = set(sys.modules); import subspace_circuits; print(*set(sys.modules) - before)"
+    assert python(code) == ["subspace_circuits"]
 
 
 def test_modules_need_no_development_tool():
