@@ -40,7 +40,7 @@ def start(*args): return subprocess.Popen([sys.executable, "-c", program, *map(s
 
 def torchrun(*args):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, args)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
 
 
 def contents(folder): return {o.name: o.read_bytes() for o in folder.iterdir()}
