@@ -9,7 +9,8 @@ __all__ = ['Scores', 'METHODS', 'DECIDING', 'LEARNERS', 'OTHER_LIMITS', 'COLUMNS
            'composition_over_random', 'directions', 'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits',
            'attribution', 'eap', 'eap_ig', 'co_moments', 'twera', 'ablation', 'chance', 'FoundKey', 'found_key',
            'reported', 'shuffled', 'key_grade', 'grade', 'learned_partitions', 'from_rows', 'compare', 'compare_random',
-           'summary', 'summary_of_learners', 'as_table', 'draw_comparison', 'scoring_cost', 'benchmark_circuits']
+           'summary', 'summary_of_learners', 'as_table', 'draw_comparison', 'scoring_cost', 'grade_figures',
+           'benchmark_circuits']
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #imports
 import copy, json, math, sys, time
@@ -416,7 +417,7 @@ OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in dict(held=(.9, .975), foreign
 def compare(
     families:tuple[str, ...], seeds:int=1, learner:str="", # Seeds of each family; one of `LEARNERS`, or none: the true subspaces
     methods:dict[str, Callable]=METHODS, kept:Path|None=None, # A file of JSON lines: what it holds is not measured again
-)->list[dict]: # One for each method and planted model: what `grade` says, seconds, variables that are isolated
+)->list[dict]: # One for each method and planted model: what `grade` says, variables that are isolated, seconds of learning and of the method
     "Grade methods on planted circuits with decoys; where no true edge can be recovered no method is asked."
     held = [json.loads(o) for o in kept.read_text().splitlines()] if kept and kept.exists() else []
     rows, jobs = [], [(f, s) for f in families for s in range(seeds)]
@@ -437,11 +438,11 @@ def _compare_one(known, family, seed, learner, methods):
     counts = {k: sum(getattr(o, k) for o in homes.values()) for k in ("isolated", "no_excuse")}
     counts |= {k: sum(o.isolated for o in isolation(known, measured, STRICT._replace(**v)).values()) for k, v in OTHER_LIMITS.items()}
     missed = {site: [k for (s, k), o in homes.items() if s == site and not o.isolated] for site in partitions}
-    about = dict(family=family, seed=seed, learner=learner, learning=learning, variables=len(homes), alone=counts, missed={k: v for k, v in missed.items() if v})
+    about = dict(family=family, seed=seed, learner=learner, variables=len(homes), alone=counts, missed={k: v for k, v in missed.items() if v})
     key = found_key(known, partitions, homes)
     if not key.edges:
         none = dict(precision=dict.fromkeys(key.count, 0.), exact=False)
-        yield from (about | dict(method=o, strict=none, no_excuse=none, n=None, right=None, seconds=None) for o in methods)
+        yield from (about | dict(method=o, strict=none, no_excuse=none, n=None, right=None, seconds=[learning, None]) for o in methods)
         return
     moments, partitions = Moments(known.model, known.task, n=100, seed=seed), check_partitions(known.model, partitions)
     for name, method in methods.items():
@@ -482,9 +483,9 @@ def summary(
         mine, noise = [o for o in rows if o["method"] == name], [o["false"] for o in random if o["method"] == name]
         precise = [o["strict"]["precision"] for o in mine]
         by_type = {k: _mean([o[k] for o in precise if k in o]) for k in ("QK", "OV", "MLP")}
-        also = {k: _mean([o[k] for o in mine if o[k] is not None]) for k in ("right", "seconds")}
-        exact = _mean([float(o["strict"]["exact"]) for o in mine])
-        out[name] = by_type | dict(exact=exact, **also, false=_mean(noise), silent=_mean([not o for o in noise]))
+        exact, right = _mean([float(o["strict"]["exact"]) for o in mine]), _mean([o["right"] for o in mine if o["right"] is not None])
+        seconds = _mean([o["seconds"][1] for o in mine if o["seconds"][1] is not None])
+        out[name] = by_type | dict(exact=exact, right=right, false=_mean(noise), silent=_mean([not o for o in noise]), seconds=seconds)
     return out
 
 def summary_of_learners(
@@ -499,7 +500,7 @@ def summary_of_learners(
             row["isolated" + more] = sum(o["alone"][alone] for o in mine)/variables
             row["AP" + more] = _mean([_mean(list(o[grade]["precision"].values())) for o in mine])
             row["exact" + more] = _mean([float(o[grade]["exact"]) for o in mine])
-        out[name] = row | dict(models=len(mine), learning=_mean([o["learning"] for o in mine]))
+        out[name] = row | dict(models=len(mine), seconds=_mean([o["seconds"][0] for o in mine]))
     return out
 
 COLUMNS = dict(QK="AP QK", OV="AP OV", MLP="AP MLP", AP="AP", isolated="isolated", exact="exact", right="right answers",
@@ -557,21 +558,28 @@ def _cost_figures():
 BARS = {"": dict(isolated=1, AP=.99, exact=.95), "ours": dict(isolated=.9, AP=.9, exact=.7)} # The true subspaces, ours; at least
 NOTHING = .05 # At most, of one block
 
-def _figures(rows, learner=""):
-    "Figures of the grades in one kind of subspaces: what bars are for, then every method."
-    kind, table = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner]
+def grade_figures(
+    rows:list[dict], learner:str="", # From `compare`
+)->Iterator[dict]: # What was measured, with its bar
+    "List the grades in one kind of subspaces: of our circuit, under other limits, and of every method."
+    kind, table, mine = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner], [o for o in rows if o["method"] == "circuit"]
     for k in ("isolated", "AP", "exact"):
         least = BARS.get(learner, {}).get(k)
         bar = f"at least {least}" if least else f"at most {NOTHING}" if learner == "one block" else ""
         held = table[k] >= least if least else table[k] <= NOTHING if bar else None
         yield _figure(f"{kind}, circuit: {k}", table[k], f"of {table['models']} models", bar, held)
         yield _figure(f"{kind}, circuit: {k}, no excuse", table[k + ", no excuse"], f"of {table['models']} models")
-    mine, variables = [o for o in rows if o["method"] == "circuit"], sum(o["variables"] for o in rows if o["method"] == "circuit")
+    variables = sum(o["variables"] for o in mine)
     for k in OTHER_LIMITS: yield _figure(f"{kind}: isolated, {k}", sum(o["alone"][k] for o in mine)/variables, f"of {variables} variables")
-    yield _figure(f"{kind}: learning", table["learning"], "s a model")
     for name, o in summary(rows).items():
-        for k in ("QK", "OV", "MLP", "exact", "right", "seconds"):
-            if o[k] is not None: yield _figure(f"{kind}, {name}: {COLUMNS.get(k, k)}", o[k], f"of {table['models']} models")
+        for k in ("QK", "OV", "MLP", "exact", "right"):
+            if o[k] is not None: yield _figure(f"{kind}, {name}: {COLUMNS[k]}", o[k], f"of {table['models']} models")
+
+def _seconds_figures(rows, learner=""):
+    "What learning and every method cost."
+    yield _figure(f"{learner or 'true'} subspaces: learning", summary_of_learners(rows)[learner]["seconds"], "s a model")
+    for name, o in summary(rows).items():
+        if o["seconds"] is not None: yield _figure(f"{learner or 'true'} subspaces, {name}", o["seconds"], "s a model")
 
 def benchmark_circuits(
     families:tuple[str, ...]=tuple(FAMILIES), seeds:int=3, # Seeds of each family; as many random models of each kind
@@ -579,7 +587,10 @@ def benchmark_circuits(
     kept:Path|None=None, # A file of JSON lines that holds every grade as soon as it is known: an interrupted benchmark goes on from there
 )->Iterator[dict]: # What was measured, with its bar
     "Measure every method on planted families with true subspaces and with those of every learner, on random models, and what scores cost."
-    yield from _figures(compare(families, seeds, kept=kept))
+    for learner in ("", *LEARNERS) if learned else ("",):
+        rows = compare(families, seeds, learner, METHODS if learner in ("", "ours") else dict(circuit=circuit), kept)
+        yield from grade_figures(rows, learner)
+        yield from _seconds_figures(rows, learner)
     random = compare_random(families, seeds)
     for name in dict.fromkeys(o["method"] for o in random):
         false = [o["false"] for o in random if o["method"] == name]
@@ -588,5 +599,3 @@ def benchmark_circuits(
         yield _figure(f"random models, {name}: without an edge", silent, f"(mean of {len(false)})", ".99" if ours else "", silent >= .99 if ours else None) | dict(each=false)
         yield _figure(f"random models, {name}: false edges", sum(false)/len(false), "per model")
     yield from _cost_figures()
-    for learner in LEARNERS if learned else ():
-        yield from _figures(compare(families, seeds, learner, METHODS if learner == "ours" else dict(circuit=circuit), kept), learner)

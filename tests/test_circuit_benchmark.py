@@ -165,11 +165,11 @@ def test_comparison_is_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(LEARNERS, "ours", LEARNERS["one block"])
     some, kept = dict(circuit=circuit), tmp_path/"grades.jsonl"
     rows = compare(("skip_trigram",), learner="ours", methods=some, kept=kept)
-    assert rows[0]["seconds"] is None and rows[0]["strict"] == dict(precision=dict(QK=0., OV=0.), exact=False)
+    assert rows[0]["n"] is None and rows[0]["strict"] == dict(precision=dict(QK=0., OV=0.), exact=False)
     monkeypatch.delitem(LEARNERS, "ours")
     assert compare(("skip_trigram",), learner="ours", methods=some, kept=kept) == rows
     table = summary_of_learners(rows)
-    assert table["ours"] | dict(learning=None) == dict.fromkeys(("isolated", "AP", "exact", "isolated, no excuse", "AP, no excuse", "exact, no excuse"), 0.) | dict(models=1, learning=None)
+    assert table["ours"] | dict(seconds=None) == dict.fromkeys(("isolated", "AP", "exact", "isolated, no excuse", "AP, no excuse", "exact, no excuse"), 0.) | dict(models=1, seconds=None)
     assert as_table(table, "subspaces").splitlines()[0] == "| subspaces | isolated | AP | exact | isolated, no excuse | AP, no excuse | exact, no excuse |"
 
 
