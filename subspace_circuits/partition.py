@@ -1746,6 +1746,7 @@ def group_components(
     generator:torch.Generator, # For where to start
 )->list[list[int]]: # Components of each
     "Cut components into groups of given sizes that depend on each other most: exchange pairs while it helps, the best of several starts."
+    if not torch.isfinite(dependence).all(): raise ValueError(f"the dependence of {len(dependence)} components is not finite everywhere: pass numbers")
     S, k = dependence.clone().fill_diagonal_(0), len(sizes)
     groups = torch.arange(k).repeat_interleave(torch.tensor(sizes))
     starts = [groups[torch.randperm(len(S), generator=generator)] for _ in range(max(4, 2000//len(S)))]
@@ -1759,7 +1760,7 @@ def _exchange(S, label, k):
         own, other = inside.gather(1, label[:, None]), inside[:, label]
         gain = other + other.T - own - own.T - 2*S
         i, j = divmod(gain.argmax().item(), len(S))
-        if gain[i, j] <= 1e-6: return own.sum().item(), label
+        if not gain[i, j] > 1e-6: return own.sum().item(), label
         label[[i, j]] = label[[j, i]]
 
 # %% ../nbs/02_partition.ipynb #baseline-partition
@@ -1792,7 +1793,7 @@ def _ica_basis(x, sizes, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning) # inside a subspace no direction is special, so it need not converge
         sources = torch.from_numpy(ica.fit_transform((x@(v*e.rsqrt()@v.T)).numpy()))
-    related = torch.corrcoef(torch.cat([sources, sources.square()], 1).T).abs()
+    related = torch.corrcoef(torch.cat([sources, sources.square()], 1).T).abs().nan_to_num(0) # the square of a coin is constant
     dependence = torch.stack([related[d:, d:], related[:d, d:], related[d:, :d]]).amax(0)
     groups = group_components(dependence, sizes, torch.Generator().manual_seed(seed))
     mixing = v*e.sqrt()@v.T@torch.from_numpy(ica.components_).T

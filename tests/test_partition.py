@@ -336,3 +336,13 @@ def test_commutant_of_any_rank(rank, dtype):
     e, X = commuting(C, 3, g)
     assert X.dtype == dtype and torch.isfinite(X).all() and torch.allclose(X.flatten(1).norm(dim=1), torch.ones(3, dtype=dtype), atol=1e-4)
     if rank <= 12: assert (C[:, None]@X - X@C[:, None]).abs().max() < 1e-3*C.abs().max() # what the cumulants leave empty commutes with all
+
+
+def test_ica_of_a_coin_ends():
+    "The square of a component that is a coin is constant and has no correlation; grouping refuses what is no number."
+    g = torch.Generator().manual_seed(0)
+    coins = torch.randint(2, (2000, 6), generator=g)*2. - 1
+    p = baseline_partition(coins@torch.linalg.qr(torch.randn(6, 6, generator=g))[0], "x", [3, 3], "ica")
+    assert p.sizes == {"s0": 3, "s1": 3}
+    with pytest.raises(ValueError, match="the dependence of 4 components is not finite everywhere"):
+        group_components(torch.full((4, 4), math.nan), [2, 2], g)
