@@ -472,7 +472,10 @@ def compare_random(
     return rows
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #summarise
-def _mean(x): return sum(x)/len(x) if x else None
+def _mean(x):
+    "Mean of what was measured; none of nothing."
+    known = [o for o in x if o is not None]
+    return sum(known)/len(known) if known else None
 
 def summary(
     rows:list[dict], random:list[dict]=(), # From `compare` and `compare_random`
@@ -483,8 +486,8 @@ def summary(
         mine, noise = [o for o in rows if o["method"] == name], [o["false"] for o in random if o["method"] == name]
         precise = [o["strict"]["precision"] for o in mine]
         by_type = {k: _mean([o[k] for o in precise if k in o]) for k in ("QK", "OV", "MLP")}
-        exact, right = _mean([float(o["strict"]["exact"]) for o in mine]), _mean([o["right"] for o in mine if o["right"] is not None])
-        seconds = _mean([o["seconds"][1] for o in mine if o["seconds"][1] is not None])
+        exact, right = _mean([float(o["strict"]["exact"]) for o in mine]), _mean([o["right"] for o in mine])
+        seconds = _mean([o["seconds"][1] for o in mine])
         out[name] = by_type | dict(exact=exact, right=right, false=_mean(noise), silent=_mean([not o for o in noise]), seconds=seconds)
     return out
 
