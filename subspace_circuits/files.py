@@ -5,7 +5,7 @@ pages, tables and cells in their last line. No file without that mark is ever re
 SHA-256 of its own text, and so do tensors that nothing else lists. Shards, moments, coordinates, cells and partitions
 are hashed where they are first read: once a process, about a second for each GB (`subspace-circuits benchmark store`
 measures it), in pieces, so that the memory of a process does not grow."""
-import hashlib, json, re
+import hashlib, json, os, re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -38,7 +38,7 @@ def comment(kind: str) -> str:
 
 def kind_of(file: Path) -> str | None:
     "What this program wrote to a file, read from the file; nothing of links, folders and all that others wrote."
-    if file.is_symlink() or not file.is_file(): return None
+    if file.is_symlink() or not file.is_file() or not os.access(file, os.R_OK): return None
     with file.open("rb") as f:
         start = f.read(200)
         f.seek(max(0, f.seek(0, 2) - 200))
