@@ -8,9 +8,10 @@ __all__ = ['EDGE_WORDS', 'CIRCUIT_VERSION', 'EDGE_COLOURS', 'CHANGES', 'short_si
            'circuit_figure', 'diff_circuits', 'diff_figure', 'write_figure', 'write_circuit']
 
 # %% ../nbs/03b_circuit_graph.ipynb #imports
-import html, json, math, re
+import html, math, re
 from collections import defaultdict
 from functools import partial
+from io import BytesIO
 from itertools import pairwise, product
 from pathlib import Path
 from urllib.parse import urlencode
@@ -20,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .activations import _write_json, fingerprint, open_task, read_sites
+from .activations import fingerprint, open_task, read_sites
 from .circuits import Moments, check_partitions, find_circuit, to_graph
 from .evaluation import read_partitions
+from .files import check_free, read_json, write_json, write_text
 from .partition import Partition
 from .preimages import readable
 from .toy_models import Task
@@ -100,7 +102,7 @@ def save_circuit(
     file:str|Path,
 ):
     "Write a circuit as node-link JSON."
-    _write_json(file, dict(version=CIRCUIT_VERSION) | nx.node_link_data(G, edges="edges"))
+    write_json(file, dict(version=CIRCUIT_VERSION) | nx.node_link_data(G, edges="edges"), "circuit")
 
 def read_circuit(
     source:str|Path|dict, # A file of `save_circuit`, or what it holds
@@ -108,8 +110,10 @@ def read_circuit(
     "Read a circuit, or say why it cannot be read."
     name, held = ("this", source) if isinstance(source, dict) else (source, None)
     if held is None:
-        try: held = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError): raise ValueError(f"{source} is no circuit: subspace-circuits circuit MODEL --partitions DIR --out FILE.json writes one") from None
+        try: held = read_json(source, "circuit", public=True)
+        except ValueError as e:
+            raise ValueError(f"{source} is no circuit: subspace-circuits circuit MODEL --partitions DIR --out FILE.json "
+                             f"writes one ({e})") from None
     if not isinstance(held, dict) or not {"nodes", "edges"} <= set(held): raise ValueError(f"{name} is no circuit: it has no nodes and edges")
     if held.get("version") != CIRCUIT_VERSION: raise ValueError(f"{name} is a circuit of version {held.get('version')!r}, this reads version {CIRCUIT_VERSION}: write it again with subspace-circuits circuit")
     return nx.node_link_graph(held, edges="edges")
@@ -131,7 +135,8 @@ def to_graphml(
     flat = nx.MultiDiGraph(**_flat(G.graph))
     flat.add_nodes_from((i, _flat(o)) for i, o in G.nodes(data=True))
     flat.add_edges_from((s, t, f"e{n}", _flat(o)) for n, (s, t, o) in enumerate(G.edges(data=True)))
-    nx.write_graphml(flat, file, encoding="utf-8")
+    nx.write_graphml(flat, text := BytesIO(), encoding="utf-8")
+    write_text(file, text.getvalue().decode(), "circuit graph")
 
 # %% ../nbs/03b_circuit_graph.ipynb #places
 _WIDE = dict(input=94, subspace=108, match=208, mlp=92, output=74)
@@ -418,14 +423,15 @@ _CLICK = "document.getElementById('{plot_id}').on('plotly_click', o => { const t
 def write_figure(
     fig, # From `circuit_figure` or `diff_figure`
     file:str|Path, title:str, # HTML file to write, and its heading
+    kind:str="circuit figure", # What the file says it is: only such a file is replaced
 ):
     "Write a circuit's figure as one offline page; it scrolls sideways where it would be too narrow to read."
     static, about = fig.layout.dragmode is False, fig.layout.meta
     words = "Black on white, for print; the button saves it as SVG." if static else "Point at an edge or a box; drag to pan, double-click to return; the legend hides and shows edges."
     div = fig.to_html(full_html=False, include_plotlyjs=True, div_id="circuit", post_script=None if static else _CLICK,
                       config=dict(responsive=True, displaylogo=False, displayModeBar=True, toImageButtonOptions=dict(format="svg"), modeBarButtons=[["toImage"] if static else ["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]]))
-    Path(f"{file}.tmp").write_text(_PAGE.format(title=html.escape(title), words=words, figure=div, least=round(about["least"]), most=round(1.4*about["width"])), encoding="utf-8")
-    Path(f"{file}.tmp").replace(file)
+    least, most = round(about["least"]), round(1.4*about["width"])
+    write_text(file, _PAGE.format(title=html.escape(title), words=words, figure=div, least=least, most=most), kind)
 
 # %% ../nbs/03b_circuit_graph.ipynb #write-files
 def write_circuit(
@@ -436,6 +442,8 @@ def write_circuit(
 )->nx.MultiDiGraph:
     "Find a model's circuit between given partitions and write it as JSON, with GraphML and a figure beside it."
     out = Path(out)
+    drawn, table = out.with_suffix(".html"), out.with_suffix(".graphml")
+    for o, kind in ((out, "circuit"), (drawn, "circuit figure"), (table, "circuit graph")): check_free(o, kind)
     if out.suffix != ".json" or not out.parent.is_dir(): raise ValueError(f"{out}: name a .json file in a folder that exists")
     _check_address(explorer)
     model, task = open_task(source, data)
@@ -452,7 +460,7 @@ def write_circuit(
         edges, choice = find_circuit(model, task, moments, cuts, answers=answers, seed=seed)
         G = add_examples(to_graph(model, moments, cuts, edges, choice), model, task, cuts, seed=seed)
         G.graph.update(job)
-    write_figure(circuit_figure(G, explorer, static), out.with_suffix(".html"), f"Circuit of {source}")
-    to_graphml(G, out.with_suffix(".graphml"))
+    write_figure(circuit_figure(G, explorer, static), drawn, f"Circuit of {source}")
+    to_graphml(G, table)
     save_circuit(G, out)
     return G

@@ -644,7 +644,7 @@ def keep_edges(
         spent = 0.
         for o in sorted(group, key=budget_cost):
             spent += budget_cost(o)
-            if spent > epsilon: kept.append(o)
+            if not spent <= epsilon: kept.append(o)
     writing = {o["component"] for o in kept if o["type"] == "OV"}
     return [o for o in kept if o["type"] != "QK" or o["component"] in writing]
 

@@ -12,8 +12,20 @@ benchmark = typer.Typer(no_args_is_help=True, help="Measure what the project pro
 app.add_typer(benchmark, name="benchmark")
 Out = Annotated[Path, typer.Option(help="Folder to write; resumed if it holds the same job, refused if it holds anything else.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the folder holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite",
+                                         help="Replace what this program wrote there; refused if anything else is.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Refuse to start anew: there must be something to continue.")]
+
+
+def figures_file(file: Optional[Path]) -> Optional[Path]:
+    "Refuse, before anything is measured, a file that no benchmark wrote."
+    from subspace_circuits.files import check_free
+    if file: check_free(file, "figures")
+    return file
+
+
+AsJson = Annotated[Optional[Path], typer.Option("--json", callback=figures_file,
+                                                help="File to write the figures to; figures already there are replaced.")]
 
 
 @app.command()
@@ -83,7 +95,7 @@ def capture(model: Annotated[str, typer.Argument(help="A bundled model, planted-
 
 @benchmark.command("models")
 def benchmark_models(*, quick: Annotated[bool, typer.Option("--quick", help="One family: a check that it runs.")] = False,
-                     as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                     as_json: AsJson = None):
     "Toy models beside what one would write, the import of the package, planting with its certificate; each figure beside its bar."
     from subspace_circuits.known_circuits import benchmark_models
     _print_figures(benchmark_models(*((("induction",),) if quick else ())), as_json)
@@ -92,7 +104,7 @@ def benchmark_models(*, quick: Annotated[bool, typer.Option("--quick", help="One
 @benchmark.command("neighbors")
 def benchmark_neighbors(threads: Annotated[int, typer.Option(min=1, help="Of torch and of faiss.")] = 1, *,
                         quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
-                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                        as_json: AsJson = None):
     "Search inside subspaces, and mutual information of all pairs, beside what one would write; each figure beside its bar."
     from subspace_circuits.neighbors import benchmark_neighbors
     _print_figures(benchmark_neighbors(threads, **(dict(blocks=3, keys=640, rows=200, rounds=1) if quick else {})), as_json)
@@ -102,14 +114,10 @@ def benchmark_neighbors(threads: Annotated[int, typer.Option(min=1, help="Of tor
 def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small model for the first bar, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
                     rows: Annotated[int, typer.Option(min=1000, help="Rows of the largest capture whose memory is measured.")] = 1_000_000,
                     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and smaller stores: a check that it runs.")] = False,
-                    as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                    as_json: AsJson = None):
     "Capture against the bare forward pass, memory, opening, random batches; each figure beside its bar."
     from subspace_circuits.activations import benchmark_store
     _print_figures(benchmark_store(model, rows, quick), as_json)
-
-
-def _check_free(file: Optional[Path], overwrite: bool):
-    if file and file.exists() and not overwrite: raise ValueError(f"{file} exists: name another file, or pass --overwrite")
 
 
 def _print_figures(figures, as_json: Optional[Path]):
@@ -118,13 +126,18 @@ def _print_figures(figures, as_json: Optional[Path]):
     for o in figures:
         done.append(o)
         print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""), flush=True)
-    if as_json: as_json.write_text(json.dumps(done, indent=1) + "\n")
+    _write_figures(as_json, done)
+
+
+def _write_figures(file: Optional[Path], figures: list | dict):
+    from subspace_circuits.files import write_json
+    if file: write_json(file, dict(figures=figures), "figures")
 
 
 @benchmark.command("partition")
 def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="Few toys and circuits, no wide mixture: a check that it runs.")] = False,
                         seeds: Annotated[int, typer.Option(help="Of each planted family: about half an hour each.")] = 1,
-                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                        as_json: AsJson = None):
     "The closed form and the whole method wherever the answer is known; each figure beside its bar."
     from subspace_circuits.partition import benchmark_partition
     _print_figures(benchmark_partition(quick, seeds), as_json)
@@ -135,7 +148,7 @@ def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of eac
                        learned: Annotated[bool, typer.Option(help="Learn subspaces too: minutes for each model.")] = True,
                        grades: Annotated[Optional[Path], typer.Option(help="File of JSON lines to keep every grade in as it comes; the same command goes on from there.")] = None,
                        quick: Annotated[bool, typer.Option("--quick", help="One seed of two families, true subspaces: a check that it runs.")] = False,
-                       as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                       as_json: AsJson = None):
     "Every method on every planted circuit by the strict grade, from true subspaces and from those of every learner, and on random models; each figure beside its bar."
     from subspace_circuits.circuit_benchmark import benchmark_circuits
     _print_figures(benchmark_circuits(*((("induction", "histogram"), 1, False) if quick else ()), kept=grades, **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
@@ -143,7 +156,7 @@ def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of eac
 
 @benchmark.command("evaluation")
 def benchmark_evaluation(*, quick: Annotated[bool, typer.Option("--quick", help="One planted circuit and few prompts: a check that it runs.")] = False,
-                         as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                         as_json: AsJson = None):
     "Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound; each figure beside its bar."
     from subspace_circuits.evaluation import benchmark_gpt2, benchmark_trained
     _print_figures(benchmark_gpt2(2 if quick else 16) + benchmark_trained(1 if quick else 3), as_json)
@@ -154,7 +167,7 @@ def benchmark_preimages(model: Annotated[Optional[str], typer.Option(help="A mod
                         rows: Annotated[int, typer.Option(min=2000, help="Rows of the store.")] = 1_000_000,
                         store: Annotated[Optional[Path], typer.Option(help="A store of the model, instead of capturing one.")] = None,
                         quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
-                        as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                        as_json: AsJson = None):
     "Index, search and explorer over the model's own tokens; each figure beside its bar."
     from subspace_circuits.preimages import benchmark_preimages
     _print_figures(benchmark_preimages(model, rows, quick, store), as_json)
@@ -164,7 +177,7 @@ def benchmark_preimages(model: Annotated[Optional[str], typer.Option(help="A mod
 def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of the public SubspacePartition repository; imported, never written to.")], *,
                     model: Annotated[str, typer.Option(help="A model with a residual stream; read after its first attention.")] = "induction",
                     quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes, far fewer keys, no bars: a check that it runs.")] = False,
-                    as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None):
+                    as_json: AsJson = None):
     "Our search against the public code: time to its held-out objective on the same data, in one process, with the same threads."
     from subspace_circuits.published_ndm import benchmark_speed
     figures = benchmark_speed(reference, model, quick)
@@ -174,7 +187,7 @@ def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of 
             ratio = f"{o['ratio']:.0f}x" if o["ratio"] else "not reached"
             print(f"{d:>5} {name:<20} {o['lr']:>6} {o['keys']:>7} {o['threads']:>7} {o['start']:>7.4f} -> {o['reached']:>6.4f} {o['seconds']:>8.1f} {o['steps']:>5} {o['ours_seconds']:>8.2f} {o['ours_steps']:>5} {ratio:>7}"
                   + (f" (bar: {o['bar']}x, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
-    if as_json: as_json.write_text(json.dumps(figures, indent=1) + "\n")
+    _write_figures(as_json, figures)
 
 
 @app.command()
@@ -185,7 +198,9 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
               seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of sites of a store, and how many there are."
     from subspace_circuits.activations import ActivationStore, check_model, open_model, open_planted
-    from subspace_circuits.partition import closed_form, grow_partition, learn_partition, stored_sequences, written
+    from subspace_circuits.files import owned
+    from subspace_circuits.partition import PARTITION, closed_form, grow_partition, learn_partition
+    from subspace_circuits.partition import stored_sequences, written
     methods = {"ndm": learn_partition, "closed-form": closed_form, "growth": grow_partition}
     if method not in methods: raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
     acts = ActivationStore(store)
@@ -198,6 +213,7 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
         net = known.model if (known := open_planted(model)) else open_model(model)[0]
         check_model(acts, net)
     folders = {o: out/o if len(sites) > 1 else out for o in sites}
+    if overwrite and out.exists(): owned(out, {"*": PARTITION} if len(sites) > 1 else PARTITION)
     kept = {o: _kept_partition(folder, o, asked, seed, acts.info["capture"]["weights"]) for o, folder in folders.items() if not overwrite}
     todo = [o for o in folders if kept.get(o) is None]
     more = {o: dict(written=v) for o, v in written(net, stored_sequences(acts), todo).items()} if model and todo else {}
@@ -211,9 +227,12 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
 
 def _kept_partition(folder: Path, site: str, method: str, seed: int, weights: str):
     "The partition that a folder holds, if it is that of this job; nothing if there is none."
-    from subspace_circuits.partition import Partition
-    if not folder.exists() or not any(folder.iterdir()): return None
-    if not (folder/"partition.json").exists(): raise ValueError(f"{folder} holds something else: name an empty or a new folder")
+    from subspace_circuits.files import owned
+    from subspace_circuits.partition import PARTITION, Partition
+    if not folder.exists(): return None
+    if not (folder/"partition.json").exists():
+        owned(folder, PARTITION) # a killed process may have left parts of one
+        return None
     old = Partition.from_pretrained(folder)
     if (old.site, old.info.get("asked"), old.info.get("seed"), old.info.get("weights")) == (site, method, seed, weights): return old
     raise ValueError(f"{folder} holds the partition of {old.site} by {old.info.get('asked')} with seed {old.info.get('seed')}: name another folder, or pass --overwrite")
@@ -244,13 +263,14 @@ def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")], second:
          least: Annotated[float, typer.Option(min=0, help="Smallest relative change of a score that counts.")] = .05, overwrite: Overwrite = False):
     "What two circuits have in common, and what only one of them has."
     from subspace_circuits.circuit_graph import diff_circuits, diff_figure, read_circuit, three_digits, write_figure
-    _check_free(out, overwrite)
+    from subspace_circuits.files import check_free
+    if out: check_free(out, "comparison", overwrite)
     one, two = read_circuit(first), read_circuit(second)
     rows = diff_circuits(one, two, least)
     for o in rows:
         if o["change"] != "same": print(f"{o['change']:<18} {o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {three_digits(o['first'])} -> {three_digits(o['second'])} {o['unit']}")
     print(f"{sum(o['change'] == 'same' for o in rows)} of {len(rows)} edges are the same" + ("" if one.graph.get("model") == two.graph.get("model") else "; the models differ"))
-    if out: write_figure(diff_figure(one, two, least), out, f"{first} and {second}")
+    if out: write_figure(diff_figure(one, two, least), out, f"{first} and {second}", "comparison")
 
 
 @app.command()
@@ -281,13 +301,15 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
             model: Annotated[Optional[str], typer.Option(help="The model, if the run does not name it.")] = None,
             seed: Seed = 0, overwrite: Overwrite = False):
     "See what each subspace of a run sees, on a page of this machine or in a file."
+    from subspace_circuits.files import check_free, write_text
     from subspace_circuits.preimages import chosen_rows, open_run, start_server, static_page
-    _check_free(static, overwrite)
+    if static: check_free(static, "explorer", overwrite)
     shadings = tuple(o for o in shading.split(",") if o != "none")
     if bad := set(shadings) - {"frozen", "free"}: raise ValueError(f"unknown shading {min(bad)!r}: use frozen, free, both separated by a comma, or none")
     explorer = open_run(run, model, overwrite)
     if static:
-        static.write_text(static_page(explorer, [*(text or []), *chosen_rows(explorer, queries, seed)], shadings=shadings), encoding="utf-8")
+        asked = [*(text or []), *chosen_rows(explorer, queries, seed)]
+        write_text(static, static_page(explorer, asked, shadings=shadings), "explorer")
         return print(f"{static}: {static.stat().st_size/1e6:.1f} MB")
     server = start_server(explorer, port)
     print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends it)", flush=True)

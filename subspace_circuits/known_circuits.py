@@ -83,7 +83,7 @@ def fit_map(
     least, most = s.masked_fill(~table, torch.inf).min(1).values, s.masked_fill(table, -torch.inf).max(1).values
     gap = (least - most).min().item()
     size = f"a table of {len(a)} by {len(b)} values does not fit {a.shape[1]} by {b.shape[1]} dimensions"
-    if gap <= 0: raise ValueError(f"{size}: use more dimensions or fewer values")
+    if not gap > 0: raise ValueError(f"{size}: use more dimensions or fewer values")
     return M.detach()*margin/gap
 
 # %% ../nbs/00a_known_circuits.ipynb #parts
@@ -538,7 +538,7 @@ def _measure(replay, removals, x, layer, attend, full, scored):
     found, moving = [], []
     for edge, change in removals:
         found.append(edge | dict(kl=0.))
-        if change.abs().max() > 1e-6: moving.append((found[-1], change))
+        if not change.abs().max() <= 1e-6: moving.append((found[-1], change))
     for part in (moving[i:i + 24] for i in range(0, len(moving), 24)):
         logits = replay.logits(x + torch.stack([o for _, o in part]), layer, attend)[:, scored].log_softmax(-1)
         kl = (full.exp()*(full - logits)).sum(-1).mean(-1)
@@ -554,7 +554,7 @@ def _judge(known, found, tau):
     true, decoy = {identity(o) for o in known.edges}, {identity(o): o["decoy"] for o in known.decoys}
     for o in found: o |= dict(true=identity(o) in true, decoy=decoy.get(identity(o), ""))
     for o in found:
-        if o["true"] == (o["kl"] > tau): continue
+        if (o["kl"] > tau) if o["true"] else (o["kl"] <= tau): continue
         block, claim = f"{o['component']} {o['type']} {o['a']} → {o['b']}", "true" if o["true"] else "false"
         raise ValueError(f"the key of {known.name} is wrong at {block}: {claim}, but its removal costs {o['kl']:.3g} nats, the limit is {tau:g}: "
                          "plant it with less noise, fewer values or more dimensions")

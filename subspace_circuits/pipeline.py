@@ -1,5 +1,5 @@
 "The main job: a model with a task, from activations to subspaces to a circuit to a report, in a folder that can be resumed."
-import copy, json, math, resource, shutil, sys, time
+import copy, math, resource, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -8,17 +8,25 @@ import torch
 from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
-from subspace_circuits.activations import ActivationStore, _write_json, capture, fingerprint, live, open_planted, open_task
+from subspace_circuits.activations import STORE, ActivationStore, capture, fingerprint, live, open_planted, open_task
 from subspace_circuits.circuit_benchmark import found_key, key_grade, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit
 from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
+from subspace_circuits.files import check, kind_of, left_over, read_json, remove, sha256, walk, write_json
 from subspace_circuits.known_circuits import KnownCircuit, decode, null_model
-from subspace_circuits.partition import Partition, between_class, determination, grow_partition, isolation, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
-from subspace_circuits.preimages import readable
+from subspace_circuits.partition import PARTITION, Partition, between_class, determination, grow_partition, isolation, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
+from subspace_circuits.preimages import INDEX, readable
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import PairTask, Task, accuracy, attention, head_scores, load_model
 
 __all__ = ["run"]
+
+# What a run's folder holds, for `owned`: of each file what it is, of each folder what that holds.
+# Once a run is finished, files.json lists all of it by hash but the index, which explore makes.
+JSONS = dict(config="run", metrics="metrics", partitions="evidence", circuit="circuit", attention="attention",
+             control="control", seconds="seconds", files="files")
+RUN = {f"{k}.json": v for k, v in JSONS.items()} | {
+    "report.html": "report", "store": STORE, "control": STORE, "partitions": {"*": PARTITION}, "index": {"*": INDEX}}
 
 
 def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict:
@@ -28,29 +36,32 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     tests, sites = trials(task, model.cfg.n_ctx), run_sites(model, known)
     job = dict(model=name, seed=seed, version=__version__, model_sha256=fingerprint(model), task=task.name, n_layers=model.cfg.n_layers,
                n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
-    if claim(Path(out), job, overwrite, resume): return json.loads((Path(out)/"metrics.json").read_text())
-    out, clock = Path(out), Clock(Path(out)/"seconds.json")
+    out = Path(out)
+    if claim(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
+    clock = Clock(out/"seconds.json")
     with clock("capture"): store = capture(model, read_by(model, task), sites, out/"store", sequences=sequences_of(task), seed=seed)
     with clock("partition"): partition_sites(name, out, sites, seed)
-    partitions = {o: Partition.from_pretrained(folder_of(out, o)) for o in sites}
+    partitions = {o: own_partition(out, o, seed, job["model_sha256"]) for o in sites}
     with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], task, known, seed) for o in sites}
     with clock("circuit"):
         moments = Moments(model, task, seed=seed)
         edges, found = find_circuit(model, task, moments, partitions, seed=seed)
         graph = add_examples(to_graph(model, moments, partitions, edges, found), model, task, partitions, seed=seed)
     with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, tests)
-    control, key = json.loads((out/"control.json").read_text()), against_key(known, partitions, edges, found) if known else {}
-    _write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()})
+    control, key = read_json(out/"control.json", "control"), against_key(known, partitions, edges, found) if known else {}
+    write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()}, "evidence")
     save_circuit(graph, out/"circuit.json")
-    _write_json(out/"attention.json", example(model, task, seed))
+    write_json(out/"attention.json", example(model, task, seed), "attention")
     batch = task.sample(200, generator=torch.Generator().manual_seed(seed))
     metrics = dict(**scores, head_scores=head_scores(model, batch, task.jobs(batch)), sites={k: v["summary"] for k, v in evidence.items()},
                    circuit=summary(edges, found) | key.get("circuit", {}) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
                    partition=key.get("partition", {}), seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
-    _write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])))
-    _write_json(out/"metrics.json", rounded(metrics))
+    write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])), "run")
+    write_json(out/"metrics.json", rounded(metrics), "metrics")
     write_report(out)
-    return json.loads((out/"metrics.json").read_text())
+    listed = [o for o, ours in walk(out, RUN) if ours and out/"index" not in o.parents]
+    write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
+    return read_json(out/"metrics.json", "metrics")
 
 
 def opened(name: str) -> tuple[torch.nn.Module, Task, KnownCircuit | None]:
@@ -103,23 +114,38 @@ def sequences_of(task: Task, shards: int = 6, rows: int = 30_000) -> int:
 def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
     "Make or check the run folder; True if it already holds this run, finished."
     file = out/"config.json"
-    if overwrite and file.exists(): shutil.rmtree(out)
+    if overwrite: remove(out, RUN)
     if resume and not file.exists(): raise ValueError(f"nothing to resume in {out}: it holds no run; leave out --resume to start one")
     if not file.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} holds something else: name an empty or a new folder")
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(file, job)
+        write_json(file, job, "run")
         return False
-    theirs = json.loads(file.read_text())
+    if kind_of(file) != "run":
+        raise ValueError(f"{out} holds something else, its config.json is not of a run as this version writes it: "
+                         "name an empty or a new folder")
+    theirs = read_json(file, "run")
     for k, v in job.items():
         if theirs.get(k) != v: raise ValueError(f"{out} holds a run with {k} {theirs.get(k)!r}, not {v!r}: name another folder, or pass --overwrite")
-    return (out/"report.html").exists() and (out/"metrics.json").exists()
+    whole = finished(out)
+    for o in [] if whole else [o for o, _ in walk(out, RUN) if left_over(o)]: o.unlink()
+    return whole
+
+
+def finished(out: Path) -> bool:
+    "Whether a run has written its last file and still has all; then each must be as it was written."
+    file = out/"files.json"
+    listed = read_json(file, "files") if file.exists() else {}
+    if whole := bool(listed) and all((out/o).exists() for o in listed):
+        for k, v in listed.items(): check(out/k, v, again=True)
+    else: file.unlink(missing_ok=True)
+    return whole
 
 
 class Clock:
     "Seconds per stage, kept on disk so that a resumed run still knows what the first part took."
     def __init__(self, file: Path):
-        self.file, self.seconds = file, json.loads(file.read_text()) if file.exists() else {}
+        self.file, self.seconds = file, read_json(file, "seconds") if file.exists() else {}
 
     def __call__(self, stage: str):
         self.stage, self.start = stage, time.perf_counter()
@@ -129,13 +155,23 @@ class Clock:
 
     def __exit__(self, *error):
         self.seconds[self.stage] = round(self.seconds.get(self.stage, 0) + time.perf_counter() - self.start, 1)
-        _write_json(self.file, self.seconds)
+        write_json(self.file, self.seconds, "seconds")
 
 
 def folder_of(out: Path, site: str) -> Path:
     "Where the partition of a site is kept: `x0.mid` for `blocks.0.hook_resid_mid`."
     _, layer, hook = site.split(".")
     return out/"partitions"/f"x{layer}.{hook.rsplit('_', 1)[1]}"
+
+
+def own_partition(out: Path, site: str, seed: int, weights: str) -> Partition:
+    "The partition of a site, which must be this run's."
+    p = Partition.from_pretrained(folder_of(out, site))
+    found, asked = (p.site, p.info.get("seed"), p.info.get("weights")), (site, seed, weights)
+    if found != asked:
+        raise ValueError(f"{folder_of(out, site)} holds the partition of {found}, not of {asked}: "
+                         "remove it, and it is made again")
+    return p
 
 
 def partition_sites(name: str, out: Path, sites: list[str], seed: int):
@@ -180,7 +216,7 @@ def control_job(name: str, out: str, seed: int):
     "The same procedure on the model before training: what is kept, and how it answers."
     torch.set_num_threads(1)
     full, task, known = opened(name)
-    if (model := untrained(name, full, known, seed)) is None: return _write_json(Path(out)/"control.json", {})
+    if (model := untrained(name, full, known, seed)) is None: return write_json(Path(out)/"control.json", {}, "control")
     folder, sites = Path(out)/"control", run_sites(model, known)
     store = capture(model, read_by(model, task), sites, folder, shards=3, sequences=sequences_of(task), seed=seed)
     partitions = {o: grow_partition(store[o][site_rows(store, o, known)], o, seed, pools=(256, 1024)) for o in sites}
@@ -189,8 +225,8 @@ def control_job(name: str, out: str, seed: int):
     keep = KeepOnly(model, moments, partitions, edges)
     result = dict(n_edges=len(edges), n_significant=significant(edges),
                   accuracy={k: accuracy(keep, *test, n=100) for k, test in trials(task, model.cfg.n_ctx).items()})
-    _write_json(Path(out)/"control.json", result)
-    shutil.rmtree(folder)
+    remove(folder, STORE)
+    write_json(Path(out)/"control.json", result, "control")
 
 
 def significant(edges: list) -> int:

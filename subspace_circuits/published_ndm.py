@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED', 'Rotation', 'ndm_loss', 'published_information', 'merge_
            'fast_search', 'run_ours', 'race', 'benchmark_speed']
 
 # %% ../nbs/02c_published_ndm.ipynb #imports
-import json, math, sys, time, zlib
+import math, sys, time, zlib
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -19,14 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import batch_rows, open_task, ranks
+from .files import read_tensors, write_tensors
 from .neighbors import nearest_neighbors
 from .partition import Partition, block_distances, ndm, planted_mixture, units
-from .toy_models import _read, _write
 
 # %% ../nbs/02c_published_ndm.ipynb #rotation
 class Rotation:
@@ -177,11 +176,10 @@ class PublishedRun:
         r = self.rotation
         tensors = dict(base=r.base, skew=r.skew.detach(), best_basis=self.best_basis.clone()) | {f"adam.{k}": v for k, v in r.optimizer.state[r.skew].items()}
         told = {k: getattr(self, k) for k in ("step", "done", "sizes", "best", "error", "history", "job")}
-        _write(file, {k: v.contiguous() for k, v in tensors.items()}, dict(state=json.dumps(told)))
+        write_tensors(file, {k: v.contiguous() for k, v in tensors.items()}, "published run", told)
 
     def load(self, file):
-        tensors = _read(file)
-        with safe_open(file, "pt") as f: told = json.loads((f.metadata() or {}).get("state", '{"job": {}}'))
+        tensors, told = read_tensors(file, "published run")
         wrong = [f"{k} {told['job'].get(k)!r}, not {v!r}" for k, v in self.job.items() if told["job"].get(k) != v]
         if wrong: raise ValueError(f"{file} holds a run with {wrong[0]}: name another folder")
         for k in ("step", "done", "sizes", "best", "error", "history"): setattr(self, k, told[k])
@@ -285,7 +283,7 @@ def split_ndm(
                  for s in sizes if min(s, block.shape[1] - s) >= smallest for _ in range(inits)]
         history += [dict(sizes=s, normed=nats) for nats, s, _ in tried]
         best = min(tried, key=lambda o: o[0], default=(math.inf,))
-        if best[0] > threshold: done.append(block)
+        if not best[0] <= threshold: done.append(block)
         else: todo += list((block@best[2]).split(best[1], 1))
     done = sorted(done, key=lambda o: -o.shape[1])
     return Partition({f"s{i}": o for i, o in enumerate(done)}, site, h.mean(0), dict(method="ndm, splitting", seed=seed, threshold=threshold, history=history))

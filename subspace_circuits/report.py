@@ -1,8 +1,9 @@
 "One self-contained offline page, `report.html`, made only of the files in a finished run folder."
-import json, math, os, re
+import json, math, re
 from pathlib import Path
 
 from subspace_circuits.circuit_graph import EDGE_WORDS, edge_rows, layout, read_circuit, score_words, site_depth, three_digits
+from subspace_circuits.files import read_json, write_text
 
 __all__ = ["write_report"]
 
@@ -13,16 +14,14 @@ def write_report(run: Path) -> Path:
     "Write `report.html` into the folder `run` and return its path; `ValueError` if `run` is no run folder."
     run = Path(run)
     if not (run/"config.json").is_file(): raise ValueError(f"{run} is not a run folder: it holds no config.json")
-    page, part = run/"report.html", run/f".report.{os.getpid()}.html"
-    part.write_text(render(*(read(run, o) for o in "config metrics partitions attention circuit".split())), encoding="utf-8")
-    os.replace(part, page)
-    return page
+    kinds = dict(config="run", metrics="metrics", partitions="evidence", attention="attention", circuit="circuit")
+    write_text(run/"report.html", render(*(read(run/f"{k}.json", v) for k, v in kinds.items())), "report")
+    return run/"report.html"
 
 
-def read(run: Path, name: str) -> dict:
-    "The JSON object `name` of `run`, NaN read as None; empty if the file is missing."
-    path = run/f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda o: None) if path.is_file() else {}
+def read(file: Path, kind: str) -> dict:
+    "A JSON file of a run, NaN read as None; empty if it is missing."
+    return json.loads(json.dumps(read_json(file, kind)), parse_constant=lambda o: None) if file.is_file() else {}
 
 
 def render(config: dict, metrics: dict, partitions: dict, attention: dict, circuit: dict) -> str:

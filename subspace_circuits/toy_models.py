@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from .files import read_tensors, write_tensors
 
 # %% ../nbs/00_toy_models.ipynb #tokenizer
 class Tokenizer:
@@ -573,33 +573,20 @@ def _dropout(model, p, generator):
     return [m.register_forward_hook(drop) for m in modules if p]
 
 # %% ../nbs/00_toy_models.ipynb #checkpoint
-def _write(file, tensors, metadata=None):
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, f"{file}.tmp", metadata=metadata)
-    Path(f"{file}.tmp").replace(file)
-
-def _read(file):
-    "The tensors of a safetensors file; nothing else is ever opened."
-    try: return load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{file} is no whole safetensors file ({str(e).splitlines()[0]}): copy it again, or write it anew with save_model; pickles are not opened") from None
-
 def _weights(model): return {k: v.detach().contiguous() for k, v in parameters(model).items()}
 
 def _save_state(file, model, optimizer, generator, curve):
     state = {"generator": generator.get_state()} | {f"model.{k}": v for k, v in _weights(model).items()}
     for name, v in parameters(model).items(): state |= {f"adam.{name}.{k}": o for k, o in optimizer.state[v].items()}
-    _write(file, state, {"curve": json.dumps(curve)})
+    write_tensors(file, state, "interrupted training", dict(curve=curve))
 
 def _load_state(file, model, optimizer, generator):
-    state = _read(file)
-    if "generator" not in state: raise ValueError(f"{file} holds no interrupted training: name a new file, or one that train wrote")
+    state, about = read_tensors(file, "interrupted training")
     for name, v in parameters(model).items():
         v.data.copy_(state[f"model.{name}"])
         optimizer.state[v] = {k: state[f"adam.{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
     generator.set_state(state["generator"])
-    with safe_open(file, "pt") as f: return json.loads(f.metadata()["curve"])
+    return about["curve"]
 
 # %% ../nbs/00_toy_models.ipynb #accuracy
 @torch.no_grad()
@@ -674,12 +661,12 @@ def train(
     curve = _load_state(file, model, optimizer, generator) if file and file.exists() else []
     start = curve[-1]["step"] if curve else 0
     with _threads(threads):
-        if 0 in keep and not start: _write(Path(folder)/"step-000000.safetensors", _weights(model))
+        if 0 in keep and not start: write_tensors(Path(folder)/"step-000000.safetensors", _weights(model))
         for step in tqdm(range(start, stop or steps), initial=start, total=steps, desc=f"train {task.name}"):
             for o in optimizer.param_groups: o["lr"] = lr*min(1, (step + 1)/100)*(.525 + .475*math.cos(math.pi*step/steps))
             sequences = task.sample(batch, (lo, min(hi, max(lo, 4 + step//grow)) if grow else hi), generator, n_ctx)
             loss = _step(model, sequences, optimizer, dropout, generator, sharpen*step/steps)
-            if step + 1 in keep: _write(Path(folder)/f"step-{step + 1:06d}.safetensors", _weights(model))
+            if step + 1 in keep: write_tensors(Path(folder)/f"step-{step + 1:06d}.safetensors", _weights(model))
             if (step + 1) % every: continue
             curve.append(dict(step=step + 1, loss=round(loss, 4), accuracy=round(accuracy(model, task, (lo, hi), n=200), 4)))
             if file: _save_state(file, model, optimizer, generator, curve)
@@ -695,7 +682,7 @@ def save_model(
     half:bool=False, # Store half-precision numbers
 ):
     "Store a model so that `load_model` rebuilds it."
-    _write(Path(folder)/"model.safetensors", {k: v.half() if half else v for k, v in _weights(model).items()})
+    write_tensors(Path(folder)/"model.safetensors", {k: v.half() if half else v for k, v in _weights(model).items()})
     (Path(folder)/"config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 # %% ../nbs/00_toy_models.ipynb #load-model
@@ -704,7 +691,7 @@ def load_weights(
     file:Path, # A safetensors file: `model.safetensors`, or a step that `train` kept
 ):
     "Fill a model with stored weights."
-    stored, ours = _read(file), parameters(model)
+    stored, ours = read_tensors(file)[0], parameters(model)
     for k, v in ours.items():
         if k not in stored or stored[k].shape != v.shape:
             raise ValueError(f"{file} holds no {k} of shape {tuple(v.shape)}: make the model with the configuration the file was written with")

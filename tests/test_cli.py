@@ -4,6 +4,8 @@ import json, shutil, subprocess, sys
 import pytest
 import torch
 
+from subspace_circuits.files import read_json
+
 
 def call(*args):
     "Exit code, output and error of one command."
@@ -115,7 +117,7 @@ def test_text(tmp_path):
 
 def test_benchmark_store(tmp_path):
     code, out, error = call("benchmark", "store", "--quick", "--json", tmp_path/"figures.json")
-    figures = json.loads((tmp_path/"figures.json").read_text())
+    figures = json.loads((tmp_path/"figures.json").read_text())["figures"]
     assert code == 0 and len(out.splitlines()) == len(figures), error
     assert sum(o["bar"] == "at least .85" for o in figures) == 6 and all(o["figure"] > 0 for o in figures)
 
@@ -215,12 +217,12 @@ def test_run_resumes_to_the_same_metrics(tmp_path):
     run = tmp_path/"run"
     code, out, error = call("run", "--out", run)
     assert code == 0 and "report: " in out, error
-    metrics = json.loads((run/"metrics.json").read_text())
+    metrics = read_json(run/"metrics.json", "metrics")
     assert all(metrics["accuracy"]["keep_only"][k] >= .95*metrics["accuracy"]["full"][k] for k in ("0-50", "51-100"))
     assert "holds a run with seed 0, not 1" in refused("run", "--out", run, "--seed", 1)
     for o in ("metrics.json", "report.html", "circuit.json"): (run/o).unlink()
     shutil.rmtree(run/"partitions"/"x0.mid")
     assert call("run", "--out", run, "--resume")[0] == 0
-    again = json.loads((run/"metrics.json").read_text())
+    again = read_json(run/"metrics.json", "metrics")
     for o in (metrics, again): o.pop("seconds"), o.pop("peak_rss_mb")
     assert again == metrics

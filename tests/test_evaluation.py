@@ -9,6 +9,7 @@ from subspace_circuits.activations import given, open_model
 from subspace_circuits.evaluation import (IOI_TESTS, SUITES, WORDS, Patch, _checks, carries, conflict_pairs, copy_tests, evaluate, gini_coefficients, interchange, ioi_pairs, known_facts, known_tests,
                                           knowledge_conflict, make_pairs,
                                           partition_information, patches_of, prompt_by_prompt, random_like, read_facts, read_partitions, readers, save_small_gpt2, single_token, suite, supervised_subspace, whole, year_pairs)
+from subspace_circuits.files import read_json
 from subspace_circuits.known_circuits import plant
 from subspace_circuits.partition import Partition
 from subspace_circuits.toy_models import load_model
@@ -236,7 +237,7 @@ def test_evaluate_reuses_and_refuses(tmp_path):
     done = evaluate(*job, n=120)
     assert (tmp_path/"out.html").exists() and not (tmp_path/"out.parts").exists()
     assert [o["verdict"] for o in done["results"][SITE]["reports"].values()] == ["carries"]*2
-    assert evaluate(*job, n=120) == done == json.loads((tmp_path/"out.json").read_text())
+    assert evaluate(*job, n=120) == done == read_json(tmp_path/"out.json", "evaluation")
     with pytest.raises(ValueError, match="holds something else"): evaluate(*job, n=121)
     with pytest.raises(ValueError, match="needs --facts"): evaluate("knowledge-conflict", *job[1:])
     with pytest.raises(ValueError, match="has no tokenizer"): evaluate("ioi", "planted-induction", tmp_path/"cut", tmp_path/"other.json")

@@ -302,6 +302,6 @@ def test_command_replaces_an_index_of_another_partition(run, tmp_path):
 
 def test_benchmark(tmp_path):
     done = subprocess.run(command("benchmark", "preimages", "--quick", "--json", tmp_path/"figures.json"), capture_output=True, text=True)
-    figures = json.loads((tmp_path/"figures.json").read_text())
+    figures = json.loads((tmp_path/"figures.json").read_text())["figures"]
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(figures), done.stderr
     assert all(o["held"] for o in figures if o["what"].startswith(("recall", "static"))) and sum(o["what"].startswith("query p50") for o in figures) == 4

@@ -95,12 +95,12 @@ def files(folder): return {o.name: o.read_bytes() for o in folder.iterdir()}
 
 def test_interrupted_build_continues(store, partition, tmp_path):
     whole = build_indexes(store, partition, tmp_path/"whole", exact=1000)["s0"].folder
-    kept, seen = preimages._write_json, []
-    def stop(file, value):
-        kept(file, value)
+    kept, seen = preimages.write_json, []
+    def stop(file, value, kind):
+        kept(file, value, kind)
         seen.append(value["shards"])
         if len(seen) in (2, 4): raise KeyboardInterrupt
-    with patch.object(preimages, "_write_json", stop):
+    with patch.object(preimages, "write_json", stop):
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt): build_indexes(store, partition, tmp_path/"part", exact=1000)
             with pytest.raises(ValueError, match="is not finished"): Index(tmp_path/"part", "s1", store, partition)

@@ -1,9 +1,11 @@
 "The report is one offline file made only of the run folder."
-import json, re
+import re
 from html.parser import HTMLParser
 
 import pytest
 
+from subspace_circuits.files import write_json
+from subspace_circuits.pipeline import JSONS
 from subspace_circuits.report import claim, read_graph, write_report
 
 pre, mid = "blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid"
@@ -38,7 +40,7 @@ def files():
 def page(folder, content):
     "The text of the report on `content`, written twice."
     folder.mkdir(exist_ok=True)
-    for name, o in content.items(): (folder/f"{name}.json").write_text(json.dumps(o), encoding="utf-8")
+    for name, o in content.items(): write_json(folder/f"{name}.json", o, JSONS[name])
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
     assert {o.name for o in folder.iterdir()} == {"report.html", *(f"{o}.json" for o in content)}

@@ -24,12 +24,13 @@ rank_that_dies = """
 import os, signal, subspace_circuits.activations as a
 from pathlib import Path
 import sys, torch
+from subspace_circuits import files
 torch.set_num_threads(1)
-rank, save = a.ranks()[0], a.save_file
-def die(rows, file):
-    save(rows, file)
+rank, save = a.ranks()[0], files.save_file
+def die(rows, file, metadata):
+    save(rows, file, metadata)
     if rank == 1 and "00005" in str(file): os.kill(os.getpid(), signal.SIGKILL)
-a.save_file = die
+files.save_file = die
 model, task, _ = a.load_model("induction")
 a.capture(model, task, ["blocks.0.hook_resid_mid"], Path(sys.argv[1]), shards=9, sequences=16)
 """
