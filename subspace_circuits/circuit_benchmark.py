@@ -8,9 +8,9 @@ __all__ = ['Scores', 'METHODS', 'DECIDING', 'LEARNERS', 'OTHER_LIMITS', 'COLUMNS
            'forms', 'form_tables', 'virtual_weights', 'writers', 'random_like', 'composed', 'composition',
            'composition_over_random', 'directions', 'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits',
            'attribution', 'eap', 'eap_ig', 'co_moments', 'twera', 'ablation', 'chance', 'FoundKey', 'found_key',
-           'reported', 'shuffled', 'key_grade', 'grade', 'learned_partitions', 'from_rows', 'compare', 'compare_random',
-           'summary', 'summary_of_learners', 'as_table', 'draw_comparison', 'scoring_cost', 'grade_figures',
-           'benchmark_circuits']
+           'reported', 'shuffled', 'key_grade', 'grade', 'learned_partitions', 'from_rows', 'read_grades', 'compare',
+           'compare_random', 'summary', 'summary_of_learners', 'as_table', 'draw_comparison', 'scoring_cost',
+           'grade_figures', 'benchmark_circuits']
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #imports
 import copy, json, math, sys, time
@@ -414,13 +414,20 @@ LEARNERS = {
 # %% ../nbs/03a_circuit_benchmark.ipynb #compare
 OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in dict(held=(.9, .975), foreign=(.1, .025), determined=(.1, .025), together=(.02, .005)).items() for x in two}
 
+def read_grades(file:Path)->list[dict]: # As `compare` gives them
+    "Read the grades that `compare` kept, one in a line."
+    try: rows = [json.loads(o) for o in file.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, OSError): rows = [None]
+    if not all(isinstance(o, dict) and {"family", "seed", "learner", "method", "strict"} <= o.keys() for o in rows):
+        raise ValueError(f"{file} holds something else than grades, one in a line: name another file")
+    return rows
+
 def compare(
     families:tuple[str, ...], seeds:int=1, learner:str="", # Seeds of each family; one of `LEARNERS`, or none: the true subspaces
     methods:dict[str, Callable]=METHODS, kept:Path|None=None, # A file of JSON lines: what it holds is not measured again
 )->list[dict]: # One for each method and planted model: what `grade` says, variables that are isolated, seconds of learning and of the method
     "Grade methods on planted circuits with decoys; where no true edge can be recovered no method is asked."
-    held = [json.loads(o) for o in kept.read_text().splitlines()] if kept and kept.exists() else []
-    rows, jobs = [], [(f, s) for f in families for s in range(seeds)]
+    held, rows, jobs = read_grades(kept) if kept and kept.exists() else [], [], [(f, s) for f in families for s in range(seeds)]
     for family, seed in tqdm(jobs, desc=learner or "planted"):
         mine = [o for o in held if (o["family"], o["seed"], o["learner"]) == (family, seed, learner) and o["method"] in methods]
         if {o["method"] for o in mine} != set(methods):

@@ -168,6 +168,10 @@ def test_comparison_is_kept(tmp_path, monkeypatch):
     assert rows[0]["n"] is None and rows[0]["strict"] == dict(precision=dict(QK=0., OV=0.), exact=False)
     monkeypatch.delitem(LEARNERS, "ours")
     assert compare(("skip_trigram",), learner="ours", methods=some, kept=kept) == rows
+    for content in ("a thesis", '{"family": "sort"}', "[1]"):
+        (tmp_path/"other").write_text(content)
+        with pytest.raises(ValueError, match="other holds something else than grades"): compare(("skip_trigram",), methods=some, kept=tmp_path/"other")
+        assert (tmp_path/"other").read_text() == content
     table = summary_of_learners(rows)
     assert table["ours"] | dict(seconds=None) == dict.fromkeys(("isolated", "AP", "exact", "isolated, no excuse", "AP, no excuse", "exact, no excuse"), 0.) | dict(models=1, seconds=None)
     assert as_table(table, "subspaces").splitlines()[0] == "| subspaces | isolated | AP | exact | isolated, no excuse | AP, no excuse | exact, no excuse |"
