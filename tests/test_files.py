@@ -15,6 +15,7 @@ from subspace_circuits.files import kind_of, owned, read_json, read_tensors, rem
 from subspace_circuits.known_circuits import plant
 from subspace_circuits.partition import Partition, closed_form
 from subspace_circuits.preimages import Index, build_indexes, search
+from subspace_circuits.toy_models import UniqueCopy, new_model, train
 
 torch.set_num_threads(1)
 NAME, FLIPS = "planted-skip_trigram", int(os.environ.get("FILE_FLIPS", 200))
@@ -32,7 +33,7 @@ def flipped(data, at, by): return data[:at] + bytes([data[at] ^ by]) + data[at +
 def plain(o):
     "A result as what == compares exactly."
     if isinstance(o, torch.Tensor):
-        return str(o.dtype), tuple(o.shape), o.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return str(o.dtype), tuple(o.shape), o.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(o, dict): return {k: plain(v) for k, v in o.items()}
     return [plain(x) for x in o] if isinstance(o, list | tuple) else o
 
@@ -401,6 +402,25 @@ def test_tensors_that_carry_their_hash(tmp_path):
     with pytest.raises(ValueError, match="holds no patches"): read_tensors(file, "patches")
     write_tensors(bare := tmp_path/"bare.safetensors", tensors)
     assert plain(read_tensors(bare)[0]) == plain(tensors) and kind_of(bare) is None
+
+
+def test_training_goes_on_from_no_damaged_checkpoint(tmp_path):
+    task, file = UniqueCopy(8), tmp_path/"training.safetensors"
+    def trained(stop=None):
+        model = new_model(len(task.tokenizer), n_ctx=24, d_model=8)
+        return model, train(model, task, steps=4, batch=2, lengths=(0, 4), every=2, file=file, stop=stop)
+    trained(2)
+    data = file.read_bytes()
+    file.write_bytes(flipped(data, len(data) - 1, 1))
+    with pytest.raises(ValueError, match="training.safetensors is missing or damaged"): trained()
+    file.write_bytes(data)
+    again, curve = trained()
+    file.unlink()
+    whole, same = trained()
+    assert curve == same and [o["step"] for o in curve] == [2, 4]
+    assert plain(dict(again.named_parameters())) == plain(dict(whole.named_parameters()))
+    write_tensors(file, {"generator": torch.zeros(1)})
+    with pytest.raises(ValueError, match="holds no interrupted training"): trained()
 
 
 def test_results_kept_while_patching_are_checked(tmp_path):
