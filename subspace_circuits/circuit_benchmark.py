@@ -514,7 +514,7 @@ def summary_of_learners(
     return out
 
 COLUMNS = dict(QK="AP QK", OV="AP OV", MLP="AP MLP", AP="AP", isolated="isolated", exact="exact", right="right answers",
-               false="false edges on random models") | {f"{k}, no excuse": f"{k}, no excuse" for k in ("isolated", "AP", "exact")}
+               false="false edges on random models", models="models") | {f"{k}, no excuse": f"{k}, no excuse" for k in ("isolated", "AP", "exact")}
 
 def as_table(
     table:dict[str, dict], first:str="method", # From `summary` or `summary_of_learners`; what its rows are
@@ -522,7 +522,7 @@ def as_table(
     "Write a table in Markdown."
     columns = [k for k in (COLUMNS if first == "method" else next(iter(table.values()))) if k in COLUMNS]
     columns = [k for k in columns if any(o.get(k) is not None for o in table.values())]
-    number = lambda k, x: "" if x is None else f"{x:.1f}" if k == "false" else f"{x:.2f}"
+    number = lambda k, x: "" if x is None else f"{x:.1f}" if k == "false" else f"{x}" if k == "models" else f"{x:.2f}"
     lines = [f"| {name} | " + " | ".join(number(k, o.get(k)) for k in columns) + " |" for name, o in table.items()]
     return "\n".join([f"| {first} | " + " | ".join(COLUMNS[k] for k in columns) + " |", "|---" + "|---:"*len(columns) + "|", *lines])
 

@@ -174,7 +174,7 @@ def test_comparison_is_kept(tmp_path, monkeypatch):
         assert (tmp_path/"other").read_text() == content
     table = summary_of_learners(rows)
     assert table["ours"] | dict(seconds=None) == dict.fromkeys(("isolated", "AP", "exact", "isolated, no excuse", "AP, no excuse", "exact, no excuse"), 0.) | dict(models=1, seconds=None)
-    assert as_table(table, "subspaces").splitlines()[0] == "| subspaces | isolated | AP | exact | isolated, no excuse | AP, no excuse | exact, no excuse |"
+    assert as_table(table, "subspaces").splitlines()[0] == "| subspaces | isolated | AP | exact | isolated, no excuse | AP, no excuse | exact, no excuse | models |"
 
 
 def test_table_of_a_family():
