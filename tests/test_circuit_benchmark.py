@@ -1,12 +1,13 @@
 "Every method speaks the same language, and grades say what they should."
-import math
+import math, re
+from pathlib import Path
 
 import pytest
 import torch
 
 from subspace_circuits.circuit_benchmark import (
     DECIDING, LEARNERS, METHODS, as_table, attribution, circuit, co_moments, compare, compare_random, composition, forms, found_key, grade, key_grade,
-    planted_partitions, reported, run, shuffled, summary, summary_of_learners)
+    planted_partitions, read_grades, reported, run, shuffled, summary, summary_of_learners)
 from subspace_circuits.circuits import Moments, Weights, identity, read_site, score_edges, write_site
 from subspace_circuits.known_circuits import DECOYS, FAMILIES, key_values, plant
 from subspace_circuits.partition import Partition, Strict, isolation, same_by_value
@@ -185,3 +186,17 @@ def test_table_of_a_family():
     assert as_table(table).splitlines()[0].startswith("| method | AP QK | AP OV | AP MLP | exact")
     assert set(DECIDING) <= set(METHODS) and {o["method"] for o in rows} == set(methods)
     with pytest.raises(ValueError, match="unknown family 'nothing'"): compare(("nothing",))
+
+
+def test_front_page_says_what_the_grades_say():
+    "The rows of the README are those of the kept grades: ours, nothing learned, and the best rival."
+    root = Path(__file__).resolve().parent.parent
+    table = summary_of_learners([o for o in read_grades(root/"benchmarks"/"circuits.jsonl") if o["method"] == "circuit"])
+    said = (root/"README.md").read_text(encoding="utf-8")
+    def row(name): return [f"{table[name][k]:.2f}" for k in ("isolated", "AP", "exact", "isolated, no excuse")]
+    number = re.compile(r"\| (.+?) \|" + r" ([\d.]+) \|"*4)
+    lines = {o[1]: [f"{float(x):.2f}" for x in o.groups()[1:]] for o in map(number.fullmatch, said.splitlines()) if o}
+    rivals = {k: o for k, o in table.items() if k not in ("", "ours", "one block")}
+    best = {k: max(rivals, key=lambda o: rivals[o][k]) for k in ("isolated", "AP")}
+    assert lines["**ours, learned**"] == row("ours") and lines["every site one block: nothing learned"] == row("one block") == ["0.00"]*4
+    for k, name in best.items(): assert any(name in o and v == row(name) for o, v in lines.items()), (k, name)
