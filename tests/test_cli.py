@@ -126,7 +126,7 @@ def test_benchmark_store(tmp_path):
                                         ("neighbors", ["at most 3", "at least 1.5", "below 20", "at least 2"])])
 def test_benchmark_of_models_and_neighbors(tmp_path, area, bars):
     code, out, error = call("benchmark", area, "--quick", "--json", tmp_path/"figures.json")
-    figures = json.loads((tmp_path/"figures.json").read_text())
+    figures = json.loads((tmp_path/"figures.json").read_text())["figures"]
     assert code == 0 and len(out.splitlines()) == len(figures), error
     assert [o["bar"] for o in figures if o["bar"]] == bars and all(o["figure"] > 0 for o in figures)
 
