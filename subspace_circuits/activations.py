@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'STORE', 'open_model', 'PieceTokenizer', 'match_sites', 'check_sites', 'stream_sites', 'read_sites',
-           'batch_rows', 'given', 'fingerprint', 'shuffled', 'Context', 'ActivationStore', 'check_model', 'verify',
-           'shard_moments', 'merge_moments', 'one_writer', 'ranks', 'capture', 'moments', 'live', 'generate', 'Samples',
-           'read_documents', 'TextTask', 'open_planted', 'open_task', 'side_by_side', 'capture_speed', 'owned_memory',
-           'peak_memory', 'opening_seconds', 'hashing_speed', 'batch_speed', 'benchmark_store']
+           'batch_rows', 'given', 'read_by', 'fingerprint', 'shuffled', 'Context', 'ActivationStore', 'check_model',
+           'verify', 'shard_moments', 'merge_moments', 'one_writer', 'ranks', 'capture', 'moments', 'live', 'generate',
+           'Samples', 'read_documents', 'TextTask', 'open_planted', 'open_task', 'side_by_side', 'capture_speed',
+           'owned_memory', 'peak_memory', 'opening_seconds', 'hashing_speed', 'batch_speed', 'benchmark_store']
 
 # %% ../nbs/01_activations.ipynb #imports
-import fcntl, hashlib, heapq, json, math, os, re, resource, struct, subprocess, sys, threading, time, warnings, zipfile
+import copy, fcntl, hashlib, heapq, json, math, os, re, resource, struct, subprocess, sys, threading, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -328,6 +328,17 @@ def given(
     "Wrap given tokens so that they can be captured."
     none = torch.zeros_like(tokens, dtype=torch.bool)
     return Batch(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), none, torch.full_like(tokens, -1), ~none)
+
+# %% ../nbs/01_activations.ipynb #read-by
+def read_by(model:nn.Module, task:Task)->Task: # Anything with a `cfg`
+    "Give the task as the model reads it: to one that looks both ways padding is a row like others."
+    if model.cfg.attention_dir == "causal": return task
+    sample, whole = task.sample, copy.copy(task)
+    def padded(*args, **more):
+        batch = sample(*args, **more)
+        return batch._replace(real=torch.ones_like(batch.real))
+    whole.sample = padded
+    return whole
 
 # %% ../nbs/01_activations.ipynb #fingerprint
 def fingerprint(

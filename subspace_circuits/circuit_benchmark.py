@@ -8,8 +8,8 @@ __all__ = ['Scores', 'METHODS', 'DECIDING', 'LEARNERS', 'OTHER_LIMITS', 'COLUMNS
            'forms', 'form_tables', 'virtual_weights', 'writers', 'random_like', 'composed', 'composition',
            'composition_over_random', 'directions', 'svd_composition', 'Run', 'run', 'parts_of_run', 'answer_logits',
            'attribution', 'eap', 'eap_ig', 'co_moments', 'twera', 'ablation', 'chance', 'FoundKey', 'found_key',
-           'reported', 'shuffled', 'key_grade', 'grade', 'learned_partitions', 'from_rows', 'read_grades', 'compare',
-           'compare_random', 'summary', 'summary_of_learners', 'as_table', 'draw_comparison', 'scoring_cost',
+           'reported', 'shuffled', 'key_grade', 'key_grades', 'grade', 'learned_partitions', 'from_rows', 'read_grades',
+           'compare', 'compare_random', 'summary', 'summary_of_learners', 'as_table', 'draw_comparison', 'scoring_cost',
            'grade_figures', 'benchmark_circuits']
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #imports
@@ -27,13 +27,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import _figure, batch_rows
+from .activations import _figure, batch_rows, read_by
 from .circuits import (
     Judge, KeepOnly, Moments, Weights, average_precision, block_energy, check_partitions, circuit_sites, embed_edges, find_circuit,
     identity, neurons, read_site, score_edges, seen_by, unembed_edges, write_site)
 from .known_circuits import FAMILIES, KnownCircuit, null_model, plant
 from .partition import (
-    STRICT, Isolation, Partition, baseline_partition, closed_form, isolation, key_batch, key_shares, learn_partition, written)
+    STRICT, Isolation, Partition, baseline_partition, closed_form, isolation, judge_shares, key_shares, learn_partition, written)
 from .published_ndm import PUBLISHED, train_ndm
 from .toy_models import Batch, Task, UniqueCopy, _threads, accuracy, new_model
 
@@ -365,51 +365,61 @@ def key_grade(scores:Scores, found:set[tuple], key:FoundKey)->dict: # Average pr
     precision = {k: reach.get(k, 0.)*key.recoverable[k]/n for k, n in key.count.items()}
     return dict(precision=precision, exact=found == key.edges and key.recoverable == key.count)
 
+def key_grades(
+    known:KnownCircuit, partitions:dict[str, Partition], homes:dict[tuple[str, str], Isolation], # As for `found_key`
+    scores:Scores, found:set[tuple], # Of all edges, and the edges that are reported
+)->dict[str, dict]: # `strict` and `no_excuse`, each as `key_grade`
+    "Grade what a method says by the key, with and without excuse."
+    excuses = dict(strict=True, no_excuse=False)
+    return {k: key_grade(scores, found, found_key(known, partitions, homes, excuse)) for k, excuse in excuses.items()}
+
 def grade(
     known:KnownCircuit, moments:Moments, partitions:dict[str, Partition], homes:dict[tuple[str, str], Isolation],
     scores:Scores, decides:bool=False, seed:int=0, # Whether the method reports what it scores above zero
-)->dict: # `strict` and `no_excuse`, each precision by type and exact; n reported; right answers of the model that keeps them
+)->dict: # As `key_grades`, and n reported, right answers of the model that keeps them
     "Grade a method's scores against a key."
     scores = shuffled(scores, seed)
-    keys = {"strict": found_key(known, partitions, homes), "no_excuse": found_key(known, partitions, homes, excuse=False)}
-    found = reported(scores, None if decides else keys["strict"].count)
+    found = reported(scores, None if decides else Counter(o["type"] for o in known.edges))
     outer = [k for k, v in scores.items() if k[1] in ("embed", "unembed") and v > 0]
     outer = outer or [identity(o) for o in embed_edges(moments, partitions) + unembed_edges(moments, partitions)]
     keep = KeepOnly(known.model, moments, partitions, entries(dict.fromkeys([*outer, *found], 1.)))
     right = accuracy(keep, known.task, n=100, seed=seed + 7)
-    return {k: key_grade(scores, found, o) for k, o in keys.items()} | dict(n=len(found), right=right)
+    return key_grades(known, partitions, homes, scores, found) | dict(n=len(found), right=right)
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #learned
 def learned_partitions(
     known:KnownCircuit, lists:int=4000, seed:int=0, # How many lists to run
 )->dict[str, Partition]: # By site
     "Learn the partition of every site from activations and from what each component wrote."
-    sites, batch = circuit_sites(known.model), key_batch(known, lists, torch.Generator().manual_seed(seed))
+    sites, task = circuit_sites(known.model), read_by(known.model, known.task)
+    batch = task.sample(lists, generator=torch.Generator().manual_seed(seed))
     rows, wrote = batch_rows(known.model, batch, sites), written(known.model, batch, sites)
     return {s: learn_partition(rows[s], s, seed, written=wrote[s]) for s in tqdm(sites, desc=f"{known.name} {seed}")}
 
 def from_rows(
-    fit:Callable, # `fit(rows, site, sizes, seed)` gives a partition; the true sizes by falling variance a dimension, for who wants them
+    fit:Callable, # `fit(rows, site, known, seed)` gives a partition; the key is there for who is told something of it
 )->Callable: # As `learned_partitions`
     "Make a learner of all sites from one that sees the rows of a site alone."
     def learn(known:KnownCircuit, lists:int=4000, seed:int=0):
-        sites, batch = circuit_sites(known.model), key_batch(known, lists, torch.Generator().manual_seed(seed))
-        rows = batch_rows(known.model, batch, sites)
-        return {s: fit(rows[s], s, _true_sizes(known, s, rows[s]), seed) for s in tqdm(sites, desc=f"{known.name} {seed}")}
+        sites, task = circuit_sites(known.model), read_by(known.model, known.task)
+        rows = batch_rows(known.model, task.sample(lists, generator=torch.Generator().manual_seed(seed)), sites)
+        return {s: fit(rows[s], s, known, seed) for s in tqdm(sites, desc=f"{known.name} {seed}")}
     return learn
 
-def _true_sizes(known, site, h):
-    loud = {k: (h@b).var(0).mean().item() for k, b in known.bases[site].items()}
-    return [known.bases[site][k].shape[1] for k in sorted(loud, key=loud.get, reverse=True)]
-
-def _baseline(kind): return from_rows(lambda h, site, sizes, seed: baseline_partition(h, site, sizes, kind, seed))
+def _of_true_sizes(kind):
+    "A baseline that is told the true sizes, by falling variance a dimension."
+    def fit(h, site, known, seed):
+        loud = {k: (h@b).var(0).mean().item() for k, b in known.bases[site].items()}
+        sizes = [known.bases[site][k].shape[1] for k in sorted(loud, key=loud.get, reverse=True)]
+        return baseline_partition(h, site, sizes, kind, seed)
+    return from_rows(fit)
 
 LEARNERS = {
     "ours": learned_partitions,
-    "one block": from_rows(lambda h, site, sizes, seed: Partition({"all": torch.eye(h.shape[1])}, site)),
-    "random rotation": _baseline("random"), "PCA": _baseline("pca"), "ICA, grouped": _baseline("ica"),
-    "closed form": from_rows(lambda h, site, sizes, seed: closed_form(h, site, seed)),
-    "published NDM": from_rows(lambda h, site, sizes, seed: train_ndm(h, site, **PUBLISHED["small site"], seed=seed))}
+    "one block": from_rows(lambda h, site, known, seed: Partition({"all": torch.eye(h.shape[1])}, site)),
+    "random rotation": _of_true_sizes("random"), "PCA": _of_true_sizes("pca"), "ICA, grouped": _of_true_sizes("ica"),
+    "closed form": from_rows(lambda h, site, known, seed: closed_form(h, site, seed)),
+    "published NDM": from_rows(lambda h, site, known, seed: train_ndm(h, site, **PUBLISHED["small site"], seed=seed))}
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #compare
 OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in dict(held=(.9, .975), foreign=(.1, .025), determined=(.1, .025), together=(.02, .005)).items() for x in two}
@@ -441,9 +451,9 @@ def _compare_one(known, family, seed, learner, methods):
     start = time.perf_counter()
     partitions = LEARNERS[learner](known, seed=seed) if learner else planted_partitions(known)
     learning, measured = round(time.perf_counter() - start, 2), key_shares(known, partitions)
-    homes = isolation(known, measured)
+    homes = judge_shares(known, measured)
     counts = {k: sum(getattr(o, k) for o in homes.values()) for k in ("isolated", "no_excuse")}
-    counts |= {k: sum(o.isolated for o in isolation(known, measured, STRICT._replace(**v)).values()) for k, v in OTHER_LIMITS.items()}
+    counts |= {k: sum(o.isolated for o in judge_shares(known, measured, STRICT._replace(**v)).values()) for k, v in OTHER_LIMITS.items()}
     missed = {site: [k for (s, k), o in homes.items() if s == site and not o.isolated] for site in partitions}
     about = dict(family=family, seed=seed, learner=learner, variables=len(homes), alone=counts, missed={k: v for k, v in missed.items() if v})
     key = found_key(known, partitions, homes)

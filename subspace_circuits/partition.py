@@ -19,8 +19,8 @@ __all__ = ['PARTITION', 'LIMITS', 'STRICT', 'Pretrained', 'Subspace', 'Partition
            'same_variable', 'settle', 'fit_bases', 'assign', 'search', 'explained', 'vote', 'grow_partition',
            'learn_partition', 'name_subspaces', 'determination', 'mutual_information_matrix', 'read_published',
            'Comparison', 'compare', 'group_components', 'baseline_partition', 'Stability', 'stability', 'Strict',
-           'value_entropy', 'same_by_value', 'Isolation', 'own_shares', 'key_batch', 'key_shares', 'isolation',
-           'score_circuit', 'benchmark_partition']
+           'same_by_value', 'Isolation', 'own_shares', 'key_shares', 'judge_shares', 'isolation', 'score_circuit',
+           'benchmark_partition']
 
 # %% ../nbs/02_partition.ipynb #imports
 import hashlib, json, math, re, time, warnings, zlib
@@ -42,11 +42,12 @@ from scipy.linalg import qr as pivoted_qr
 from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
+from scipy.stats import entropy
 from scipy.stats import t as student
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import ActivationStore, _figure, _reason, batch_rows, merge_moments, open_task, read_sites, shard_moments
+from .activations import ActivationStore, _figure, _reason, batch_rows, merge_moments, open_task, read_by, read_sites, shard_moments
 from .files import check, check_free, read_json, read_tensors, sha256, write_json, write_tensors, write_text
 from .known_circuits import DECOYS, FAMILIES, KnownCircuit, key_values, plant
 from .neighbors import _all_pairs, nearest
@@ -1870,19 +1871,15 @@ class Strict(NamedTuple):
 
 STRICT = Strict()
 
-def value_entropy(v:Int[Tensor, "row"])->float: # Nats
-    "Compute the entropy of a discrete variable."
-    p = torch.unique(v, return_counts=True)[1].double()/len(v)
-    return -(p*p.log()).sum().item()
-
 def same_by_value(
     a:Int[Tensor, "row"], b:Int[Tensor, "row"], # Values of two variables, -1 where absent; absence is a value like others
     limits:Strict=STRICT,
 )->bool:
     "Whether values cannot tell two variables apart: one determines the other, or they are hardly ever present together."
     if not ((a >= 0) & (b >= 0)).double().mean() >= limits.together: return True
-    both, own = value_entropy((a + 1)*(b.max() + 2) + b), [value_entropy(o) for o in (a, b)]
-    return any(both - given <= limits.determined*of for given, of in (own, own[::-1]))
+    pairs = (a + 1)*(b.max() + 2) + b
+    one, two, both = (entropy(torch.unique(o, return_counts=True)[1]) for o in (a, b, pairs))
+    return bool(both - one <= limits.determined*two or both - two <= limits.determined*one)
 
 # %% ../nbs/02_partition.ipynb #isolation
 class Isolation(NamedTuple):
@@ -1915,18 +1912,13 @@ def _isolation(k, shares, values, limits):
     return Isolation(home, round(held, 4), foreign, excused, enough and not foreign, enough and not near)
 
 # %% ../nbs/02_partition.ipynb #isolation-of-key
-def key_batch(known:KnownCircuit, lists:int, generator:torch.Generator)->Batch: # Number of lists
-    "Draw lists as the model reads them: to one that looks both ways padding is a row like others."
-    batch = known.task.sample(lists, generator=generator)
-    causal = known.model.cfg.attention_dir == "causal"
-    return batch if causal else batch._replace(real=torch.ones_like(batch.real))
-
 def key_shares(
     known:KnownCircuit, partitions:dict[str, Partition], # A key, found partitions by site
     lists:int=1000, seed:int=1000, # How many lists to grade on, other ones than subspaces are learned from
 )->dict[str, tuple[dict, dict]]: # Site to `own_shares` and `key_values`
     "Measure where the variables of a key lie; one that a true edge names must have values and vary."
-    batch, named = key_batch(known, lists, torch.Generator().manual_seed(seed)), {o[k] for o in known.edges for k in "ab"} - {"bias"}
+    batch = read_by(known.model, known.task).sample(lists, generator=torch.Generator().manual_seed(seed))
+    named = {o[k] for o in known.edges for k in "ab"} - {"bias"}
     values, rows = key_values(known, batch, list(partitions)), batch_rows(known.model, batch, list(partitions))
     out = {s: (own_shares(known, p, rows[s], values[s]), values[s]) for s, p in partitions.items()}
     for site, (shares, valued) in out.items():
@@ -1935,14 +1927,20 @@ def key_shares(
             if k not in shares: raise ValueError(f"{k!r} of {known.name} is constant at {site} on {lists} lists: grade it on inputs that vary it")
     return out
 
-def isolation(
-    known:KnownCircuit, measured:dict[str, Partition]|dict[str, tuple], # A key; found partitions by site, or what `key_shares` says of them
+def judge_shares(
+    known:KnownCircuit, measured:dict[str, tuple[dict, dict]], # A key, and what `key_shares` says
     limits:Strict=STRICT,
 )->dict[tuple[str, str], Isolation]: # By site and variable
-    "Say of every variable that a true edge names, at every site given, whether it is isolated; the key alone decides."
-    if any(isinstance(o, Partition) for o in measured.values()): measured = key_shares(known, measured)
+    "Say of every variable that a true edge names, at every site measured, whether it is isolated."
     named = {o[k] for o in known.edges for k in "ab"}
-    return {(site, k): _isolation(k, shares, values, limits) for site, (shares, values) in measured.items() for k in sorted(named & shares.keys())}
+    return {(site, k): _isolation(k, shares, values, limits)
+            for site, (shares, values) in measured.items() for k in sorted(named & shares.keys())}
+
+def isolation(
+    known:KnownCircuit, partitions:dict[str, Partition], # A key, found partitions by site
+)->dict[tuple[str, str], Isolation]: # By site and variable
+    "Say of every variable that a true edge names, at every site given, whether it is isolated; the key alone decides."
+    return judge_shares(known, key_shares(known, partitions))
 
 # %% ../nbs/02_partition.ipynb #score-circuit
 def score_circuit(

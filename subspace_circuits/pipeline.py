@@ -1,5 +1,5 @@
 "The main job: a model with a task, from activations to subspaces to a circuit to a report, in a folder that can be resumed."
-import copy, math, resource, sys, time
+import math, resource, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -8,13 +8,13 @@ import torch
 from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
-from subspace_circuits.activations import STORE, ActivationStore, capture, fingerprint, live, open_planted, open_task
-from subspace_circuits.circuit_benchmark import found_key, key_grade, ranked, reported
+from subspace_circuits.activations import STORE, ActivationStore, capture, fingerprint, live, open_planted, open_task, read_by
+from subspace_circuits.circuit_benchmark import key_grades, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit
 from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
 from subspace_circuits.files import check, kind_of, left_over, read_json, remove, sha256, walk, write_json
 from subspace_circuits.known_circuits import KnownCircuit, decode, null_model
-from subspace_circuits.partition import PARTITION, Partition, between_class, determination, grow_partition, isolation, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
+from subspace_circuits.partition import PARTITION, Partition, between_class, determination, grow_partition, judge_shares, key_shares, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
 from subspace_circuits.preimages import INDEX, readable
 from subspace_circuits.report import write_report
 from subspace_circuits.toy_models import PairTask, Task, accuracy, attention, head_scores, load_model
@@ -69,17 +69,6 @@ def opened(name: str) -> tuple[torch.nn.Module, Task, KnownCircuit | None]:
     known = open_planted(name)
     model, task = (known.model, known.task) if known else open_task(name)
     return model, task, known
-
-
-def read_by(model, task: Task) -> Task:
-    "The task as the model reads it: to one that looks both ways padding is a row like others."
-    if model.cfg.attention_dir == "causal": return task
-    sample, whole = task.sample, copy.copy(task)
-    def padded(*args, **more):
-        batch = sample(*args, **more)
-        return batch._replace(real=torch.ones_like(batch.real))
-    whole.sample = padded
-    return whole
 
 
 def trials(task: Task, n_ctx: int) -> dict[str, tuple[Task, tuple[int, int]]]:
@@ -266,17 +255,16 @@ def summary(edges: list, found: dict) -> dict:
 
 def against_key(known: KnownCircuit, partitions: dict, edges: list, found: dict) -> dict:
     "What an answer key says of subspaces and circuit, strictly and without excuse; average precision over types of edges."
-    homes, scores = isolation(known, partitions), ranked(edges, found["candidates"])
-    circuit, counts = {}, dict(variables=len(homes))
-    for name, alone, excuse in (("strict", "isolated", True), ("no_excuse", "isolated_no_excuse", False)):
-        graded = key_grade(scores, reported(scores), found_key(known, partitions, homes, excuse))
+    measured, scores, circuit = key_shares(known, partitions), ranked(edges, found["candidates"]), {}
+    homes = judge_shares(known, measured)
+    for name, graded in key_grades(known, partitions, homes, scores, reported(scores)).items():
         precision = list(graded["precision"].values())
         circuit |= {f"{name}_average_precision": sum(precision)/len(precision), f"{name}_exact": graded["exact"]}
-        counts[alone] = sum(o.isolated if excuse else o.no_excuse for o in homes.values())
-    whole = {s: Partition({"all": torch.eye(len(p.basis))}, s) for s, p in partitions.items()}
-    counts["isolated_one_block"] = sum(o.isolated for o in isolation(known, whole).values())
-    variables = [dict(site=site, variable=k) | o._asdict() for (site, k), o in homes.items()]
-    return dict(circuit=circuit, partition=counts | dict(homes=variables))
+    one_block = {site: ({k: {"all": 1.} for k in shares}, values) for site, (shares, values) in measured.items()}
+    return dict(circuit=circuit, partition=dict(
+        variables=len(homes), isolated=sum(o.isolated for o in homes.values()), isolated_no_excuse=sum(o.no_excuse for o in homes.values()),
+        isolated_one_block=sum(o.isolated for o in judge_shares(known, one_block).values()),
+        homes=[dict(site=site, variable=k) | o._asdict() for (site, k), o in homes.items()]))
 
 
 def example(model, task, seed: int) -> dict:
