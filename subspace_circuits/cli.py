@@ -146,7 +146,7 @@ def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="
 @benchmark.command("circuits")
 def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of each planted family, and random models of each kind.")] = 3,
                        learned: Annotated[bool, typer.Option(help="Learn subspaces too: minutes for each model.")] = True,
-                       grades: Annotated[Optional[Path], typer.Option(help="File of JSON lines to keep every grade in as it comes; the same command goes on from there.")] = None,
+                       grades: Annotated[Optional[Path], typer.Option(help="File of JSON lines to keep every grade in as it comes; the same command goes on from there. After a change of a method start a new one.")] = None,
                        quick: Annotated[bool, typer.Option("--quick", help="One seed of two families, true subspaces: a check that it runs.")] = False,
                        as_json: AsJson = None):
     "Every method on every planted circuit by the strict grade, from true subspaces and from those of every learner, and on random models; each figure beside its bar."
