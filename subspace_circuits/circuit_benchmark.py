@@ -330,9 +330,10 @@ class FoundKey(NamedTuple):
 
 def found_key(
     known:KnownCircuit, partitions:dict[str, Partition], # Found, by site: all that circuits are read at
-    homes:dict[tuple[str, str], Isolation], excuse:bool=True, # From `isolation`; whether what values cannot tell apart may share a home
+    homes:dict[tuple[str, str], Isolation], # From `isolation`
+    excuse:bool=True, # Whether variables that values cannot tell apart may share a home
 )->FoundKey:
-    "Translate an answer key: a variable stands for its home if it is isolated there, else its edges cannot be recovered."
+    "Translate an answer key: an isolated variable stands for its home, the edges of any other cannot be recovered."
     sites, edges, count, recoverable = list(check_partitions(known.model, partitions)), set(), Counter(), Counter()
     for o in known.edges:
         at = sites.index(write_site(o["layer"]) if o["type"] == "MLP" else read_site(o["layer"]))
@@ -346,7 +347,8 @@ def found_key(
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #grade-all
 def reported(
-    scores:Scores, count:dict[str, int]|None=None, # How many edges of each type to report; None: those scored above zero
+    scores:Scores,
+    count:dict[str, int]|None=None, # How many edges of each type to report; None: those scored above zero
 )->set[tuple]:
     "List the edges inside the model that a method reports."
     if count is None: return {k for k, v in scores.items() if v > 0 and k[1] in ("QK", "OV", "MLP")}
@@ -422,7 +424,8 @@ LEARNERS = {
     "published NDM": from_rows(lambda h, site, known, seed: train_ndm(h, site, **PUBLISHED["small site"], seed=seed))}
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #compare
-OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in dict(held=(.9, .975), foreign=(.1, .025), determined=(.1, .025), together=(.02, .005)).items() for x in two}
+_halved_and_doubled = dict(held=(.9, .975), foreign=(.1, .025), determined=(.1, .025), together=(.02, .005))
+OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in _halved_and_doubled.items() for x in two}
 
 def read_grades(file:Path)->list[dict]: # As `compare` gives them
     "Read the grades that `compare` kept, one in a line."
@@ -433,40 +436,48 @@ def read_grades(file:Path)->list[dict]: # As `compare` gives them
     return rows
 
 def compare(
-    families:tuple[str, ...], seeds:int=1, learner:str="", # Seeds of each family; one of `LEARNERS`, or none: the true subspaces
-    methods:dict[str, Callable]=METHODS, kept:Path|None=None, # A file of JSON lines: what it holds is not measured again
-)->list[dict]: # One for each method and planted model: what `grade` says, variables that are isolated, seconds of learning and of the method
+    families:tuple[str, ...], seeds:int=1, # Seeds of each family
+    learner:str="", # One of `LEARNERS`, or none: the true subspaces
+    methods:dict[str, Callable]=METHODS,
+    kept:Path|None=None, # A file of JSON lines: what it holds is not measured again
+)->list[dict]: # For each method and model: what `grade` says, variables isolated, seconds of learning and of the method
     "Grade methods on planted circuits with decoys; where no true edge can be recovered no method is asked."
-    held, rows, jobs = read_grades(kept) if kept and kept.exists() else [], [], [(f, s) for f in families for s in range(seeds)]
+    held, rows = read_grades(kept) if kept and kept.exists() else [], []
+    jobs = [(f, s) for f in families for s in range(seeds)]
     for family, seed in tqdm(jobs, desc=learner or "planted"):
-        mine = [o for o in held if (o["family"], o["seed"], o["learner"]) == (family, seed, learner) and o["method"] in methods]
+        job = (family, seed, learner)
+        mine = [o for o in held if (o["family"], o["seed"], o["learner"]) == job and o["method"] in methods]
         if {o["method"] for o in mine} != set(methods):
-            mine = list(_compare_one(plant(family, seed=seed, certified=False), family, seed, learner, methods))
+            mine = list(_compare_one(*job, methods))
             if kept: kept.open("a").writelines(json.dumps(o) + "\n" for o in mine)
         rows += mine
     return rows
 
-def _compare_one(known, family, seed, learner, methods):
+def _compare_one(family, seed, learner, methods):
     "The grades of one planted model."
-    start = time.perf_counter()
+    known, start = plant(family, seed=seed, certified=False), time.perf_counter()
     partitions = LEARNERS[learner](known, seed=seed) if learner else planted_partitions(known)
     learning, measured = round(time.perf_counter() - start, 2), key_shares(known, partitions)
     homes = judge_shares(known, measured)
     counts = {k: sum(getattr(o, k) for o in homes.values()) for k in ("isolated", "no_excuse")}
-    counts |= {k: sum(o.isolated for o in judge_shares(known, measured, STRICT._replace(**v)).values()) for k, v in OTHER_LIMITS.items()}
+    for k, v in OTHER_LIMITS.items():
+        counts[k] = sum(o.isolated for o in judge_shares(known, measured, STRICT._replace(**v)).values())
     missed = {site: [k for (s, k), o in homes.items() if s == site and not o.isolated] for site in partitions}
-    about = dict(family=family, seed=seed, learner=learner, variables=len(homes), alone=counts, missed={k: v for k, v in missed.items() if v})
+    missed = {k: v for k, v in missed.items() if v}
+    about = dict(family=family, seed=seed, learner=learner, variables=len(homes), alone=counts, missed=missed)
     key = found_key(known, partitions, homes)
     if not key.edges:
         none = dict(precision=dict.fromkeys(key.count, 0.), exact=False)
-        yield from (about | dict(method=o, strict=none, no_excuse=none, n=None, right=None, seconds=[learning, None]) for o in methods)
+        about |= dict(strict=none, no_excuse=none, n=None, right=None, seconds=[learning, None])
+        yield from (about | dict(method=o) for o in methods)
         return
     moments, partitions = Moments(known.model, known.task, n=100, seed=seed), check_partitions(known.model, partitions)
     for name, method in methods.items():
         start = time.perf_counter()
         scores = method(known.model, known.task, moments, partitions, seed)
         scoring = round(time.perf_counter() - start, 3)
-        yield about | dict(method=name, seconds=[learning, scoring], **grade(known, moments, partitions, homes, scores, name in DECIDING, seed))
+        graded = grade(known, moments, partitions, homes, scores, name in DECIDING, seed)
+        yield about | dict(method=name, seconds=[learning, scoring], **graded)
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #compare-random
 def compare_random(
@@ -504,14 +515,14 @@ def summary(
         precise = [o["strict"]["precision"] for o in mine]
         by_type = {k: _mean([o[k] for o in precise if k in o]) for k in ("QK", "OV", "MLP")}
         exact, right = _mean([float(o["strict"]["exact"]) for o in mine]), _mean([o["right"] for o in mine])
-        seconds = _mean([o["seconds"][1] for o in mine])
-        out[name] = by_type | dict(exact=exact, right=right, false=_mean(noise), silent=_mean([not o for o in noise]), seconds=seconds)
+        out[name] = by_type | dict(exact=exact, right=right, false=_mean(noise), silent=_mean([not o for o in noise]),
+                                   seconds=_mean([o["seconds"][1] for o in mine]))
     return out
 
 def summary_of_learners(
     rows:list[dict], method:str="circuit", # From `compare` of several learners
 )->dict[str, dict]: # By learner: isolated share, mean AP, exact, each also without excuse; seconds of learning
-    "Average what a method recovers from the subspaces of every learner: variables pooled over sites, the others over models."
+    "Average what a method recovers from every learner's subspaces: variables pooled over sites, the rest over models."
     out = {}
     for name in dict.fromkeys(o["learner"] for o in rows):
         mine = [o for o in rows if o["learner"] == name and o["method"] == method]
@@ -524,7 +535,8 @@ def summary_of_learners(
     return out
 
 COLUMNS = dict(QK="AP QK", OV="AP OV", MLP="AP MLP", AP="AP", isolated="isolated", exact="exact", right="right answers",
-               false="false edges on random models", models="models") | {f"{k}, no excuse": f"{k}, no excuse" for k in ("isolated", "AP", "exact")}
+               false="false edges on random models", models="models")
+COLUMNS |= {f"{k}, no excuse": f"{k}, no excuse" for k in ("isolated", "AP", "exact")}
 
 def as_table(
     table:dict[str, dict], first:str="method", # From `summary` or `summary_of_learners`; what its rows are
@@ -534,7 +546,8 @@ def as_table(
     columns = [k for k in columns if any(o.get(k) is not None for o in table.values())]
     number = lambda k, x: "" if x is None else f"{x:.1f}" if k == "false" else f"{x}" if k == "models" else f"{x:.2f}"
     lines = [f"| {name} | " + " | ".join(number(k, o.get(k)) for k in columns) + " |" for name, o in table.items()]
-    return "\n".join([f"| {first} | " + " | ".join(COLUMNS[k] for k in columns) + " |", "|---" + "|---:"*len(columns) + "|", *lines])
+    head = f"| {first} | " + " | ".join(COLUMNS[k] for k in columns) + " |"
+    return "\n".join([head, "|---" + "|---:"*len(columns) + "|", *lines])
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #draw
 def draw_comparison(
@@ -548,10 +561,12 @@ def draw_comparison(
     fig.add_bar(x=[overall[m] for m in names], y=names, orientation="h", marker_color="#dde3ea", width=.6, name="mean")
     for j, (kind, colour) in enumerate([("QK", "#1b6ca8"), ("OV", "#c8553d"), ("MLP", "#3a7d44")]):
         dots = [(x, names.index(m) + .2*(j - 1)) for m, of, x in precise if of == kind]
-        fig.add_scatter(x=[x for x, _ in dots], y=[y for _, y in dots], mode="markers", marker=dict(color=colour, size=6, opacity=.7), name=kind)
+        x, y = ([o[i] for o in dots] for i in (0, 1))
+        fig.add_scatter(x=x, y=y, mode="markers", marker=dict(color=colour, size=6, opacity=.7), name=kind)
     fig.update_xaxes(title="average precision", range=[-.02, 1.03])
     fig.update_yaxes(range=[-.6, len(names) - .4])
-    return fig.update_layout(template="plotly_white", width=620, height=90 + 28*len(names), margin=dict(l=10, r=10, t=30, b=45), legend=dict(orientation="h", y=1.07))
+    return fig.update_layout(template="plotly_white", width=620, height=90 + 28*len(names),
+                             margin=dict(l=10, r=10, t=30, b=45), legend=dict(orientation="h", y=1.07))
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #cost
 def scoring_cost(
@@ -575,14 +590,15 @@ def _cost_figures():
         yield _figure(f"{what}, memory of the process", held, "GB", "below 4", held < 4)
 
 # %% ../nbs/03a_circuit_benchmark.ipynb #benchmark
-BARS = {"": dict(isolated=1, AP=.99, exact=.95), "ours": dict(isolated=.9, AP=.9, exact=.7)} # The true subspaces, ours; at least
+BARS = {"": dict(isolated=1, AP=.99, exact=.95), "ours": dict(isolated=.9, AP=.9, exact=.7)} # At least; "": the true ones
 NOTHING = .05 # At most, of one block
 
 def grade_figures(
     rows:list[dict], learner:str="", # From `compare`
 )->Iterator[dict]: # What was measured, with its bar
     "List the grades in one kind of subspaces: of our circuit, under other limits, and of every method."
-    kind, table, mine = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner], [o for o in rows if o["method"] == "circuit"]
+    kind, table = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner]
+    mine = [o for o in rows if o["method"] == "circuit"]
     for k in ("isolated", "AP", "exact"):
         least = BARS.get(learner, {}).get(k)
         bar = f"at least {least}" if least else f"at most {NOTHING}" if learner == "one block" else ""
@@ -590,23 +606,25 @@ def grade_figures(
         yield _figure(f"{kind}, circuit: {k}", table[k], f"of {table['models']} models", bar, held)
         yield _figure(f"{kind}, circuit: {k}, no excuse", table[k + ", no excuse"], f"of {table['models']} models")
     variables = sum(o["variables"] for o in mine)
-    for k in OTHER_LIMITS: yield _figure(f"{kind}: isolated, {k}", sum(o["alone"][k] for o in mine)/variables, f"of {variables} variables")
+    for k in OTHER_LIMITS:
+        yield _figure(f"{kind}: isolated, {k}", sum(o["alone"][k] for o in mine)/variables, f"of {variables} variables")
     for name, o in summary(rows).items():
         for k in ("QK", "OV", "MLP", "exact", "right"):
             if o[k] is not None: yield _figure(f"{kind}, {name}: {COLUMNS[k]}", o[k], f"of {table['models']} models")
 
 def _seconds_figures(rows, learner=""):
     "What learning and every method cost."
-    yield _figure(f"{learner or 'true'} subspaces: learning", summary_of_learners(rows)[learner]["seconds"], "s a model")
+    kind, learning = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner]["seconds"]
+    if learning is not None: yield _figure(f"{kind}: learning", learning, "s a model")
     for name, o in summary(rows).items():
-        if o["seconds"] is not None: yield _figure(f"{learner or 'true'} subspaces, {name}", o["seconds"], "s a model")
+        if o["seconds"] is not None: yield _figure(f"{kind}, {name}", o["seconds"], "s a model")
 
 def benchmark_circuits(
     families:tuple[str, ...]=tuple(FAMILIES), seeds:int=3, # Seeds of each family; as many random models of each kind
     learned:bool=True, # Learn subspaces too: minutes for each model
-    kept:Path|None=None, # A file of JSON lines that holds every grade as soon as it is known: an interrupted benchmark goes on from there
+    kept:Path|None=None, # A file of JSON lines for every grade as it comes: an interrupted benchmark goes on from there
 )->Iterator[dict]: # What was measured, with its bar
-    "Measure every method on planted families with true subspaces and with those of every learner, on random models, and what scores cost."
+    "Measure every method on planted families, from true subspaces and every learner's, on random models, and what it costs."
     for learner in ("", *LEARNERS) if learned else ("",):
         rows = compare(families, seeds, learner, METHODS if learner in ("", "ours") else dict(circuit=circuit), kept)
         yield from grade_figures(rows, learner)
