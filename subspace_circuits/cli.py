@@ -10,7 +10,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help="Which subspaces of a transformer carry which variable, and how the weights move them.")
 benchmark = typer.Typer(no_args_is_help=True, help="Measure what the project promises.")
 app.add_typer(benchmark, name="benchmark")
-Out = Annotated[Path, typer.Option(help="Folder to write; resumed if it holds the same job, refused if it holds anything else.")]
+Out = Annotated[Path,
+                typer.Option(help="Folder to write; resumed if it holds the same job, refused if it holds anything "
+                                  "else.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite",
                                          help="Replace what this program wrote there; refused if anything else is.")]
@@ -25,41 +27,52 @@ def figures_file(file: Optional[Path]) -> Optional[Path]:
 
 
 AsJson = Annotated[Optional[Path], typer.Option("--json", callback=figures_file,
-                                                help="File to write the figures to; figures already there are replaced.")]
+                                                help="File to write the figures to; figures already there are "
+                                                     "replaced.")]
 
 
 @app.command()
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "List every model whose answer is known: trained and bundled, planted on demand, and toys trained on demand."
-    from subspace_circuits.known_circuits import known_families
-    from subspace_circuits.toy_models import RESIDUAL_MLPS, TOYS, model_configs, new_task
+    from subspace_circuits.circuit_families import known_families
+    from subspace_circuits.toy_models import model_configs, new_task
+    from subspace_circuits.superposition import RESIDUAL_MLPS, TOYS
     listed = {}
     for name, o in model_configs().items():
         task = new_task(**o["task"])
         variables = list(task.variables(task.sample(1)))
-        listed[name] = dict(kind="trained", task=o["description"], shape=dict(n_layers=2, n_heads=1, d_model=64) | o["model"], variables=variables, edges=None, accuracy=o["accuracy"], control=o["control"])
+        listed[name] = dict(kind="trained", task=o["description"],
+                            shape=dict(n_layers=2, n_heads=1, d_model=64) | o["model"], variables=variables,
+                            edges=None, accuracy=o["accuracy"], control=o["control"])
     for o in known_families():
         shape = {k: o[k] for k in ("n_layers", "n_heads", "d_model", "d_vocab", "n_ctx")}
-        listed["planted-" + o["name"]] = dict(kind="planted", task=o["task"], shape=shape, variables=o["variables"], edges=o["edges"], decoys=o["decoys"])
+        listed["planted-" + o["name"]] = dict(kind="planted", task=o["task"], shape=shape, variables=o["variables"],
+                                              edges=o["edges"], decoys=o["decoys"])
     for name, o in (TOYS | {f"residual MLP {k}": v for k, v in RESIDUAL_MLPS.items()}).items():
-        listed[name] = dict(kind="toy", task="features in superposition", shape={k: v if isinstance(v, int | float | str) else str(v) for k, v in o.items()}, variables=None, edges=None)
+        listed[name] = dict(kind="toy", task="features in superposition",
+                            shape={k: v if isinstance(v, int | float | str) else str(v) for k, v in o.items()},
+                            variables=None, edges=None)
     if as_json: return print(json.dumps(listed, indent=1))
     for k, v in listed.items():
         score = ", ".join(f"{a:.3f} on {n}" for n, a in v.get("accuracy", {}).items())
         print(f"{k}: {v['kind']}; {v['task']}; {', '.join(f'{a} {b}' for a, b in v['shape'].items() if a != 'seed')}"
-              + (f"; variables {', '.join(v['variables'])}" if v["variables"] else "") + (f"; {v['edges']} edges, {v['decoys']} decoys" if v["edges"] else "")
+              + (f"; variables {', '.join(v['variables'])}" if v["variables"] else "")
+              + (f"; {v['edges']} edges, {v['decoys']} decoys" if v["edges"] else "")
               + (f"; accuracy {score}" if score else ""))
 
 
 @app.command()
-def run(model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, or a folder or hub id of a model that copies lists.")] = "induction", *,
+def run(model: Annotated[str,
+                         typer.Argument(help="A bundled model, planted- and a family, or a folder or hub id of a "
+                                             "model that copies lists.")] = "induction", *,
         out: Out, seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
     "The main job: capture, partition, circuit, report."
     from subspace_circuits.pipeline import run
     metrics = run(model, out, seed, overwrite, resume)
     full, kept = (metrics["accuracy"][o] for o in ("full", "keep_only"))
     print(f"{metrics['circuit']['n_edges']} of {metrics['circuit']['n_candidates']} edges kept; accuracy "
-          + ", ".join(f"{kept[k]:.3f} (full {full[k]:.3f}) {'at length' if k[0].isdigit() else 'on'} {k}" for k in full) + f"; {sum(metrics['seconds'].values()):.0f} s")
+          + ", ".join(f"{kept[k]:.3f} (full {full[k]:.3f}) {'at length' if k[0].isdigit() else 'on'} {k}"
+                      for k in full) + f"; {sum(metrics['seconds'].values()):.0f} s")
     if metrics["partition"]: print(key_line(metrics["circuit"], metrics["partition"]))
     print(f"report: {out/'report.html'}")
 
@@ -67,37 +80,56 @@ def run(model: Annotated[str, typer.Argument(help="A bundled model, planted- and
 def key_line(circuit: dict, partition: dict) -> str:
     "What the answer key of a planted model says of a run, strictly."
     exact = "exact" if circuit["strict_exact"] else "not exact"
-    return (f"the answer key: {partition['isolated']} of {partition['variables']} variables isolated ({partition['isolated_no_excuse']} without excuse); "
+    return (f"the answer key: {partition['isolated']} of {partition['variables']} variables isolated "
+            f"({partition['isolated_no_excuse']} without excuse); "
             f"circuit {exact}, strict average precision {circuit['strict_average_precision']:.2f}")
 
 
 @app.command()
-def capture(model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or a hub id.")], *, out: Out, seed: Seed = 0,
-            data: Annotated[Optional[str], typer.Option(help="task, unique_copy, samples (the model's own text), a .txt or .jsonl file, or hf:owner/name:config:split:field. "
+def capture(model: Annotated[str,
+                             typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or "
+                                                 "a hub id.")], *, out: Out, seed: Seed = 0,
+            data: Annotated[Optional[str],
+                            typer.Option(help="task, unique_copy, samples (the model's own text), a .txt or .jsonl "
+                                              "file, or hf:owner/name:config:split:field. "
                                                              "Not given: the model's own task, if it has one.")] = None,
-            sites: Annotated[Optional[str], typer.Option(help="Hook names or patterns such as blocks.*.hook_resid_mid, separated by commas; every residual site if not given.")] = None,
+            sites: Annotated[Optional[str],
+                             typer.Option(help="Hook names or patterns such as blocks.*.hook_resid_mid, separated by "
+                                               "commas; every residual site if not given.")] = None,
             shards: Annotated[int, typer.Option(min=1, help="Number of shards, fewer if a text ends before.")] = 6,
             sequences: Annotated[int, typer.Option(min=1, help="Sequences per shard.")] = 128,
-            lengths: Annotated[Optional[str], typer.Option(help="Shortest and longest list, as 0-50; the task's own if not given. Of a text, the second is the window.")] = None,
-            packed: Annotated[bool, typer.Option("--packed", help="Fill windows with several documents of a text.")] = False,
-            no_bos: Annotated[bool, typer.Option("--no-bos", help="Start windows of a text without the tokenizer's bos.")] = False,
-            dtype: Annotated[str, typer.Option(help="What rows are stored in: float32, bfloat16 or float16.")] = "float32",
+            lengths: Annotated[Optional[str],
+                               typer.Option(help="Shortest and longest list, as 0-50; the task's own if not given. Of "
+                                                 "a text, the second is the window.")] = None,
+            packed: Annotated[bool, typer.Option("--packed",
+                                                 help="Fill windows with several documents of a text.")] = False,
+            no_bos: Annotated[bool, typer.Option("--no-bos",
+                                                 help="Start windows of a text without the tokenizer's bos.")] = False,
+            dtype: Annotated[str,
+                             typer.Option(help="What rows are stored in: float32, bfloat16 or float16.")] = "float32",
             resume: Resume = False, overwrite: Overwrite = False):
-    "Capture activations of a model over a task, a text, or its own samples, into a store; torchrun shares the work among processes."
-    from subspace_circuits.activations import capture, open_task, ranks, stream_sites
+    """Capture activations of a model over a task, a text, or its own samples, into a store; torchrun shares the work
+    among processes."""
+    from subspace_circuits.activations import capture, ranks, stream_sites
+    from subspace_circuits.text import open_task
     net, task = open_task(model, data, packed, not no_bos)
-    if lengths and not re.fullmatch(r"\d+-\d+", lengths): raise ValueError(f"lengths {lengths!r}: write the shortest and the longest, as 0-50")
+    if lengths and not re.fullmatch(r"\d+-\d+", lengths):
+        raise ValueError(f"lengths {lengths!r}: write the shortest and the longest, as 0-50")
     bounds = tuple(map(int, lengths.split("-"))) if lengths else None
-    if resume and not (out/"store.json").exists(): raise ValueError(f"nothing to resume in {out}: it holds no store; leave out --resume to start one")
-    store = capture(net, task, sites.split(",") if sites else stream_sites(net), out, shards, sequences, bounds, seed, overwrite, dtype)
+    if resume and not (out/"store.json").exists():
+        raise ValueError(f"nothing to resume in {out}: it holds no store; leave out --resume to start one")
+    store = capture(net, task, sites.split(",") if sites else stream_sites(net), out, shards, sequences, bounds, seed,
+                    overwrite, dtype)
     if ranks()[0] == 0: print(f"{len(store)} rows of {len(store.sites)} sites in {out}")
 
 
 @benchmark.command("models")
-def benchmark_models(*, quick: Annotated[bool, typer.Option("--quick", help="One family: a check that it runs.")] = False,
+def benchmark_models(*, quick: Annotated[bool,
+                                         typer.Option("--quick", help="One family: a check that it runs.")] = False,
                      as_json: AsJson = None):
-    "Toy models beside what one would write, the import of the package, planting with its certificate; each figure beside its bar."
-    from subspace_circuits.known_circuits import benchmark_models
+    """Toy models beside what one would write, the import of the package, planting with its certificate; each figure
+    beside its bar."""
+    from subspace_circuits.bench.models import benchmark_models
     _print_figures(benchmark_models(*((("induction",),) if quick else ())), as_json)
 
 
@@ -105,18 +137,29 @@ def benchmark_models(*, quick: Annotated[bool, typer.Option("--quick", help="One
 def benchmark_neighbors(threads: Annotated[int, typer.Option(min=1, help="Of torch and of faiss.")] = 1, *,
                         quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
                         as_json: AsJson = None):
-    "Search inside subspaces, and mutual information of all pairs, beside what one would write; each figure beside its bar."
-    from subspace_circuits.neighbors import benchmark_neighbors
-    _print_figures(benchmark_neighbors(threads, **(dict(blocks=3, keys=640, rows=200, rounds=1) if quick else {})), as_json)
+    """Search inside subspaces, and mutual information of all pairs, beside what one would write; each figure beside
+    its bar."""
+    from subspace_circuits.bench.neighbors import benchmark_neighbors
+    _print_figures(benchmark_neighbors(threads, **(dict(blocks=3, keys=640, rows=200, rounds=1) if quick else {})),
+                   as_json)
 
 
 @benchmark.command("store")
-def benchmark_store(model: Annotated[Optional[str], typer.Option(help="A small model for the first bar, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
-                    rows: Annotated[int, typer.Option(min=1000, help="Rows of the largest capture whose memory is measured.")] = 1_000_000,
-                    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds and smaller stores: a check that it runs.")] = False,
+def benchmark_store(model: Annotated[Optional[str],
+                                     typer.Option(help="A small model for the first bar, e.g. a folder of "
+                                                       "stories260K; one of its shape with random weights if not "
+                                                       "given.")] = None,
+                    rows: Annotated[int,
+                                    typer.Option(min=1000,
+                                                 help="Rows of the largest capture whose memory is "
+                                                      "measured.")] = 1_000_000,
+                    quick: Annotated[bool,
+                                     typer.Option("--quick",
+                                                  help="Fewer rounds and smaller stores: a check that it "
+                                                       "runs.")] = False,
                     as_json: AsJson = None):
     "Capture against the bare forward pass, memory, opening, random batches; each figure beside its bar."
-    from subspace_circuits.activations import benchmark_store
+    from subspace_circuits.bench.capture import benchmark_store
     _print_figures(benchmark_store(model, rows, quick), as_json)
 
 
@@ -125,7 +168,8 @@ def _print_figures(figures, as_json: Optional[Path]):
     done = []
     for o in figures:
         done.append(o)
-        print(f"{o['what']}: {o['figure']:.4g} {o['unit']}" + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""), flush=True)
+        print(f"{o['what']}: {o['figure']:.4g} {o['unit']}"
+              + (f" (bar: {o['bar']}, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""), flush=True)
     _write_figures(as_json, done)
 
 
@@ -135,86 +179,136 @@ def _write_figures(file: Optional[Path], figures: list | dict):
 
 
 @benchmark.command("partition")
-def benchmark_partition(*, quick: Annotated[bool, typer.Option("--quick", help="Few toys and circuits, no wide mixture: a check that it runs.")] = False,
-                        seeds: Annotated[int, typer.Option(help="Of each planted family: about half an hour each.")] = 1,
+def benchmark_partition(*, quick: Annotated[bool,
+                                            typer.Option("--quick",
+                                                         help="Few toys and circuits, no wide mixture: a check that "
+                                                              "it runs.")] = False,
+                        seeds: Annotated[int,
+                                         typer.Option(help="Of each planted family: about half an hour each.")] = 1,
                         as_json: AsJson = None):
     "The closed form and the whole method wherever the answer is known; each figure beside its bar."
-    from subspace_circuits.partition import benchmark_partition
+    from subspace_circuits.bench.partition import benchmark_partition
     _print_figures(benchmark_partition(quick, seeds), as_json)
 
 
 @benchmark.command("circuits")
-def benchmark_circuits(*, seeds: Annotated[int, typer.Option(min=1, help="Of each planted family, and random models of each kind.")] = 3,
-                       learned: Annotated[bool, typer.Option(help="Learn subspaces too: minutes for each model.")] = True,
-                       grades: Annotated[Optional[Path], typer.Option(help="File of JSON lines to keep every grade in as it comes; the same command goes on from there. After a change of a method start a new one.")] = None,
-                       quick: Annotated[bool, typer.Option("--quick", help="One seed of two families, true subspaces: a check that it runs.")] = False,
+def benchmark_circuits(*, seeds: Annotated[int,
+                                           typer.Option(min=1,
+                                                        help="Of each planted family, and random models of each "
+                                                             "kind.")] = 3,
+                       learned: Annotated[bool,
+                                          typer.Option(help="Learn subspaces too: minutes for each model.")] = True,
+                       grades: Annotated[Optional[Path],
+                                         typer.Option(help="File of JSON lines to keep every grade in as it comes; "
+                                                           "the same command goes on from there. After a change of a "
+                                                           "method start a new one.")] = None,
+                       quick: Annotated[bool,
+                                        typer.Option("--quick",
+                                                     help="One seed of two families, true subspaces: a check that it "
+                                                          "runs.")] = False,
                        as_json: AsJson = None):
-    "Every method on every planted circuit by the strict grade, from true subspaces and from those of every learner, and on random models; each figure beside its bar."
-    from subspace_circuits.circuit_benchmark import benchmark_circuits
-    _print_figures(benchmark_circuits(*((("induction", "histogram"), 1, False) if quick else ()), kept=grades, **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
+    """Every method on every planted circuit by the strict grade, from true subspaces and from those of every learner,
+    and on random models; each figure beside its bar."""
+    from subspace_circuits.bench.circuits import benchmark_circuits
+    _print_figures(benchmark_circuits(*((("induction", "histogram"), 1, False) if quick else ()), kept=grades,
+                                      **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
 
 
 @benchmark.command("evaluation")
-def benchmark_evaluation(*, quick: Annotated[bool, typer.Option("--quick", help="One planted circuit and few prompts: a check that it runs.")] = False,
+def benchmark_evaluation(*, quick: Annotated[bool,
+                                             typer.Option("--quick",
+                                                          help="One planted circuit and few prompts: a check that it "
+                                                               "runs.")] = False,
                          as_json: AsJson = None):
-    "Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound; each figure beside its bar."
-    from subspace_circuits.evaluation import benchmark_gpt2, benchmark_trained
+    """Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound;
+    each figure beside its bar."""
+    from subspace_circuits.bench.evaluation import benchmark_gpt2, benchmark_trained
     _print_figures(benchmark_gpt2(2 if quick else 16) + benchmark_trained(1 if quick else 3), as_json)
 
 
 @benchmark.command("preimages")
-def benchmark_preimages(model: Annotated[Optional[str], typer.Option(help="A model that speaks for itself, e.g. a folder of stories260K; one of its shape with random weights if not given.")] = None,
+def benchmark_preimages(model: Annotated[Optional[str],
+                                         typer.Option(help="A model that speaks for itself, e.g. a folder of "
+                                                           "stories260K; one of its shape with random weights if not "
+                                                           "given.")] = None,
                         rows: Annotated[int, typer.Option(min=2000, help="Rows of the store.")] = 1_000_000,
-                        store: Annotated[Optional[Path], typer.Option(help="A store of the model, instead of capturing one.")] = None,
+                        store: Annotated[Optional[Path],
+                                         typer.Option(help="A store of the model, instead of capturing one.")] = None,
                         quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
                         as_json: AsJson = None):
     "Index, search and explorer over the model's own tokens; each figure beside its bar."
-    from subspace_circuits.preimages import benchmark_preimages
+    from subspace_circuits.bench.preimages import benchmark_preimages
     _print_figures(benchmark_preimages(model, rows, quick, store), as_json)
 
 
 @benchmark.command("speed")
-def benchmark_speed(reference: Annotated[Path, typer.Option(help="A checkout of the public SubspacePartition repository; imported, never written to.")], *,
-                    model: Annotated[str, typer.Option(help="A model with a residual stream; read after its first attention.")] = "induction",
-                    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes, far fewer keys, no bars: a check that it runs.")] = False,
+def benchmark_speed(reference: Annotated[Path,
+                                         typer.Option(help="A checkout of the public SubspacePartition repository; "
+                                                           "imported, never written to.")], *,
+                    model: Annotated[str,
+                                     typer.Option(help="A model with a residual stream; read after its first "
+                                                       "attention.")] = "induction",
+                    quick: Annotated[bool,
+                                     typer.Option("--quick",
+                                                  help="Seconds instead of minutes, far fewer keys, no bars: a check "
+                                                       "that it runs.")] = False,
                     as_json: AsJson = None):
-    "Our search against the public code: time to its held-out objective on the same data, in one process, with the same threads."
-    from subspace_circuits.published_ndm import benchmark_speed
+    """Our search against the public code: time to its held-out objective on the same data, in one process, with the
+    same threads."""
+    from subspace_circuits.bench.speed import benchmark_speed
     figures = benchmark_speed(reference, model, quick)
-    print(f"{'width':>5} {'the public code with':<20} {'lr':>6} {'keys':>7} {'threads':>7} {'objective':>17} {'seconds':>8} {'steps':>5} {'ours':>8} {'steps':>5} {'ratio':>7}")
+    print(f"{'width':>5} {'the public code with':<20} {'lr':>6} {'keys':>7} {'threads':>7} {'objective':>17} "
+          f"{'seconds':>8} {'steps':>5} {'ours':>8} {'steps':>5} {'ratio':>7}")
     for d, runs in figures.items():
         for name, o in runs.items():
             ratio = f"{o['ratio']:.0f}x" if o["ratio"] else "not reached"
-            print(f"{d:>5} {name:<20} {o['lr']:>6} {o['keys']:>7} {o['threads']:>7} {o['start']:>7.4f} -> {o['reached']:>6.4f} {o['seconds']:>8.1f} {o['steps']:>5} {o['ours_seconds']:>8.2f} {o['ours_steps']:>5} {ratio:>7}"
+            print(f"{d:>5} {name:<20} {o['lr']:>6} {o['keys']:>7} {o['threads']:>7} {o['start']:>7.4f} -> "
+                  f"{o['reached']:>6.4f} {o['seconds']:>8.1f} {o['steps']:>5} {o['ours_seconds']:>8.2f} "
+                  f"{o['ours_steps']:>5} {ratio:>7}"
                   + (f" (bar: {o['bar']}x, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
     _write_figures(as_json, figures)
 
 
 @app.command()
-def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *, site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
-              out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, with a folder for each site if there are several; what holds the same job is kept, anything else refused.")],
-              method: Annotated[str, typer.Option(help="ndm: cuts, and where none holds what components wrote (--model) or growth; closed-form: independent subspaces only; growth.")] = "ndm",
-              model: Annotated[Optional[str], typer.Option(help="The model that the store is of, as for capture: ndm then starts from what each component wrote.")] = None,
+def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *,
+              site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
+              out: Annotated[Path, typer.Option(metavar="DIR",
+                                                help="Folder to write, with a folder for each site if there are "
+                                                     "several; what holds the same job is kept, anything else "
+                                                     "refused.")],
+              method: Annotated[str,
+                                typer.Option(help="ndm: cuts, and where none holds what components wrote (--model) or "
+                                                  "growth; closed-form: independent subspaces only; growth.")] = "ndm",
+              model: Annotated[Optional[str],
+                               typer.Option(help="The model that the store is of, as for capture: ndm then starts "
+                                                 "from what each component wrote.")] = None,
               seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of sites of a store, and how many there are."
-    from subspace_circuits.activations import ActivationStore, check_model, open_model, open_planted
+    from subspace_circuits.activations import ActivationStore, check_model
+    from subspace_circuits.models import open_model
+    from subspace_circuits.text import open_planted
     from subspace_circuits.files import owned
-    from subspace_circuits.partition import PARTITION, closed_form, grow_partition, learn_partition
-    from subspace_circuits.partition import stored_sequences, written
+    from subspace_circuits.partition import PARTITION
+    from subspace_circuits.closed_form import closed_form
+    from subspace_circuits.growth import grow_partition, learn_partition
+    from subspace_circuits.search import stored_sequences, written
     methods = {"ndm": learn_partition, "closed-form": closed_form, "growth": grow_partition}
     if method not in methods: raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
     acts = ActivationStore(store)
     fits = {o: [x for x in acts.sites if fnmatchcase(x, o)] for o in site.split(",")}
-    if lost := [o for o, v in fits.items() if not v]: raise ValueError(f"no site {lost[0]!r} in {store}: use one of {', '.join(acts.sites)}")
+    if lost := [o for o, v in fits.items() if not v]:
+        raise ValueError(f"no site {lost[0]!r} in {store}: use one of {', '.join(acts.sites)}")
     sites = dict.fromkeys(x for v in fits.values() for x in v)
-    if model and method != "ndm": raise ValueError(f"--model is for method ndm, {method} asks for rows alone: leave it out")
+    if model and method != "ndm":
+        raise ValueError(f"--model is for method ndm, {method} asks for rows alone: leave it out")
     asked = f"{method}, writers" if model else method
     if model:
         net = known.model if (known := open_planted(model)) else open_model(model)[0]
         check_model(acts, net)
     folders = {o: out/o if len(sites) > 1 else out for o in sites}
     if overwrite and out.exists(): owned(out, {"*": PARTITION} if len(sites) > 1 else PARTITION)
-    kept = {o: _kept_partition(folder, o, asked, seed, acts.info["capture"]["weights"]) for o, folder in folders.items() if not overwrite}
+    kept = {o: _kept_partition(folder, o, asked, seed, acts.info["capture"]["weights"])
+            for o, folder in folders.items() if not overwrite}
     todo = [o for o in folders if kept.get(o) is None]
     more = {o: dict(written=v) for o, v in written(net, stored_sequences(acts), todo).items()} if model and todo else {}
     for o, folder in folders.items():
@@ -234,33 +328,52 @@ def _kept_partition(folder: Path, site: str, method: str, seed: int, weights: st
         owned(folder, PARTITION) # a killed process may have left parts of one
         return None
     old = Partition.from_pretrained(folder)
-    if (old.site, old.info.get("asked"), old.info.get("seed"), old.info.get("weights")) == (site, method, seed, weights): return old
-    raise ValueError(f"{folder} holds the partition of {old.site} by {old.info.get('asked')} with seed {old.info.get('seed')}: name another folder, or pass --overwrite")
+    if (old.site, old.info.get("asked"), old.info.get("seed"), old.info.get("weights")) == (site, method, seed,
+                                                                                            weights):
+        return old
+    raise ValueError(f"{folder} holds the partition of {old.site} by {old.info.get('asked')} with seed "
+                     f"{old.info.get('seed')}: name another folder, or pass --overwrite")
 
 
 @app.command()
-def circuit(model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or a hub id.")], *,
+def circuit(model: Annotated[str,
+                             typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or "
+                                                 "a hub id.")], *,
             partitions: Annotated[Path, typer.Option(help="A folder with one partition for each site, as run writes.")],
-            out: Annotated[Path, typer.Option(metavar="FILE.json", help="Node-link JSON to write, with .graphml and .html beside it; drawn again if it holds the same job.")],
-            data: Annotated[Optional[str], typer.Option(help="As for capture; the model's own task if not given.")] = None,
-            answers: Annotated[int, typer.Option(min=10, help="Right answers to choose edges on at first; forty times as many are asked for counterexamples.")] = 1000,
-            explorer: Annotated[Optional[str], typer.Option(help="The address that explore prints: subspaces in the figure lead there.")] = None,
+            out: Annotated[Path, typer.Option(metavar="FILE.json",
+                                              help="Node-link JSON to write, with .graphml and .html beside it; drawn "
+                                                   "again if it holds the same job.")],
+            data: Annotated[Optional[str],
+                            typer.Option(help="As for capture; the model's own task if not given.")] = None,
+            answers: Annotated[int, typer.Option(min=10,
+                                                 help="Right answers to choose edges on at first; forty times as many "
+                                                      "are asked for counterexamples.")] = 1000,
+            explorer: Annotated[Optional[str],
+                                typer.Option(help="The address that explore prints: subspaces in the figure lead "
+                                                  "there.")] = None,
             static: Annotated[bool, typer.Option("--static", help="Draw for print, black on white.")] = False,
             seed: Seed = 0, overwrite: Overwrite = False):
     "Find the edges between given subspaces that a model's answers need, and draw them."
     from subspace_circuits.circuit_graph import edge_rows, score_words, write_circuit
     G = write_circuit(model, partitions, out, data, answers, explorer, static, seed, overwrite)
     rows, choice = [o for o in edge_rows(G) if o["type"] != "skip"], G.graph["choice"]
-    for o in rows: print(f"{o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {score_words(o)}" + (f", necessity {o['necessity']:.3g} nats" if o.get("necessity") is not None else ""))
+    for o in rows:
+        print(f"{o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {score_words(o)}"
+              + (f", necessity {o['necessity']:.3g} nats" if o.get("necessity") is not None else ""))
     print(f"{choice['able']} of {choice['asked']} sequences could be asked, {choice['wrong']} of all go wrong"
-          + ("" if choice["significant"] else "; significant components alone do not do the task: every edge was a candidate" if choice["alive"] else "; no component is significant"))
+          + ("" if choice["significant"]
+             else "; significant components alone do not do the task: every edge was a candidate" if choice["alive"]
+             else "; no component is significant"))
     print(f"{len(rows)} edges: {out}, {out.with_suffix('.graphml').name}, {out.with_suffix('.html').name}")
 
 
 @app.command()
-def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")], second: Annotated[Path, typer.Argument(help="Another.")], *,
-         out: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Both as one figure, coloured by what changed.")] = None,
-         least: Annotated[float, typer.Option(min=0, help="Smallest relative change of a score that counts.")] = .05, overwrite: Overwrite = False):
+def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")],
+         second: Annotated[Path, typer.Argument(help="Another.")], *,
+         out: Annotated[Optional[Path], typer.Option(metavar="FILE.html",
+                                                     help="Both as one figure, coloured by what changed.")] = None,
+         least: Annotated[float, typer.Option(min=0, help="Smallest relative change of a score that counts.")] = .05,
+         overwrite: Overwrite = False):
     "What two circuits have in common, and what only one of them has."
     from subspace_circuits.circuit_graph import diff_circuits, diff_figure, read_circuit, three_digits, write_figure
     from subspace_circuits.files import check_free
@@ -268,44 +381,71 @@ def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")], second:
     one, two = read_circuit(first), read_circuit(second)
     rows = diff_circuits(one, two, least)
     for o in rows:
-        if o["change"] != "same": print(f"{o['change']:<18} {o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {three_digits(o['first'])} -> {three_digits(o['second'])} {o['unit']}")
-    print(f"{sum(o['change'] == 'same' for o in rows)} of {len(rows)} edges are the same" + ("" if one.graph.get("model") == two.graph.get("model") else "; the models differ"))
+        if o["change"] != "same":
+            print(f"{o['change']:<18} {o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} "
+                  f"{three_digits(o['first'])} -> {three_digits(o['second'])} {o['unit']}")
+    print(f"{sum(o['change'] == 'same' for o in rows)} of {len(rows)} edges are the same"
+          + ("" if one.graph.get("model") == two.graph.get("model") else "; the models differ"))
     if out: write_figure(diff_figure(one, two, least), out, f"{first} and {second}", "comparison")
 
 
 @app.command()
-def evaluate(suite: Annotated[str, typer.Argument(help="ioi, greater-than, knowledge-conflict, carriers or mutual-information.")],
-             model: Annotated[str, typer.Argument(help="A bundled model, planted- and a family, a folder, or a hub id.")], *,
-             partitions: Annotated[Path, typer.Option(help="A partition, or a folder of partitions, each of its own site.")],
-             out: Annotated[Path, typer.Option(help="JSON file to write, with its figure beside it as .html; resumed, or refused if it holds another job.")],
-             facts: Annotated[Optional[Path], typer.Option(help="For knowledge-conflict: a JSON file of question, context, and facts.")] = None,
+def evaluate(suite: Annotated[str,
+                              typer.Argument(help="ioi, greater-than, knowledge-conflict, carriers or "
+                                                  "mutual-information.")],
+             model: Annotated[str,
+                              typer.Argument(help="A bundled model, planted- and a family, a folder, or a hub id.")], *,
+             partitions: Annotated[Path,
+                                   typer.Option(help="A partition, or a folder of partitions, each of its own site.")],
+             out: Annotated[Path,
+                            typer.Option(help="JSON file to write, with its figure beside it as .html; resumed, or "
+                                              "refused if it holds another job.")],
+             facts: Annotated[Optional[Path],
+                              typer.Option(help="For knowledge-conflict: a JSON file of question, context, and "
+                                                "facts.")] = None,
              prompts: Annotated[int, typer.Option(min=2, help="Prompts of a test, sequences, or rows.")] = 1000,
-             layers: Annotated[Optional[str], typer.Option(help="Layers to patch instead of the published ones, as test1=0,test2=0.")] = None,
-             supervised: Annotated[bool, typer.Option("--supervised", help="For carriers: learn the best subspace of the same size, as a bound.")] = False,
+             layers: Annotated[Optional[str],
+                               typer.Option(help="Layers to patch instead of the published ones, as "
+                                                 "test1=0,test2=0.")] = None,
+             supervised: Annotated[bool,
+                                   typer.Option("--supervised",
+                                                help="For carriers: learn the best subspace of the same size, as a "
+                                                     "bound.")] = False,
              seed: Seed = 0, overwrite: Overwrite = False):
     "Test causally which subspace carries a variable."
-    from subspace_circuits.evaluation import evaluate, summary
-    if layers and not re.fullmatch(r"[\w-]+=\d+(,[\w-]+=\d+)*", layers): raise ValueError(f"layers {layers!r}: write a test and a layer, as test1=0,test2=0")
+    from subspace_circuits.suites import evaluate, summary_lines
+    if layers and not re.fullmatch(r"[\w-]+=\d+(,[\w-]+=\d+)*", layers):
+        raise ValueError(f"layers {layers!r}: write a test and a layer, as test1=0,test2=0")
     depth = {k: int(v) for k, v in (o.split("=") for o in layers.split(","))} if layers else None
-    for line in summary(evaluate(suite, model, partitions, out, facts, prompts, depth, supervised, seed, overwrite)): print(line)
+    for line in summary_lines(evaluate(suite, model, partitions, out, facts, prompts, depth, supervised, seed,
+                                       overwrite)):
+        print(line)
     print(f"figure: {out.with_suffix('.html')}")
 
 
 @app.command()
-def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, or one with a store and partitions.")], *,
-            port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes any that is free.")] = 0,
-            static: Annotated[Optional[Path], typer.Option(metavar="FILE.html", help="Write one offline page with chosen queries instead.")] = None,
+def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, or one with a store and partitions.")],
+            *,
+            port: Annotated[int, typer.Option(min=0, max=65535,
+                                              help="Port on 127.0.0.1; 0 takes any that is free.")] = 0,
+            static: Annotated[Optional[Path],
+                              typer.Option(metavar="FILE.html",
+                                           help="Write one offline page with chosen queries instead.")] = None,
             queries: Annotated[int, typer.Option(min=1, help="Rows in the offline page.")] = 6,
-            text: Annotated[Optional[list[str]], typer.Option(help="A text in the offline page; may be repeated.")] = None,
-            shading: Annotated[str, typer.Option(help="What the offline page can shade: frozen, free, both separated by a comma, or none. Minutes, for long texts.")] = "frozen",
+            text: Annotated[Optional[list[str]],
+                            typer.Option(help="A text in the offline page; may be repeated.")] = None,
+            shading: Annotated[str,
+                               typer.Option(help="What the offline page can shade: frozen, free, both separated by a "
+                                                 "comma, or none. Minutes, for long texts.")] = "frozen",
             model: Annotated[Optional[str], typer.Option(help="The model, if the run does not name it.")] = None,
             seed: Seed = 0, overwrite: Overwrite = False):
     "See what each subspace of a run sees, on a page of this machine or in a file."
     from subspace_circuits.files import check_free, write_text
-    from subspace_circuits.preimages import chosen_rows, open_run, start_server, static_page
+    from subspace_circuits.explorer import chosen_rows, open_run, start_server, static_page
     if static: check_free(static, "explorer", overwrite)
     shadings = tuple(o for o in shading.split(",") if o != "none")
-    if bad := set(shadings) - {"frozen", "free"}: raise ValueError(f"unknown shading {min(bad)!r}: use frozen, free, both separated by a comma, or none")
+    if bad := set(shadings) - {"frozen", "free"}:
+        raise ValueError(f"unknown shading {min(bad)!r}: use frozen, free, both separated by a comma, or none")
     explorer = open_run(run, model, overwrite)
     if static:
         asked = [*(text or []), *chosen_rows(explorer, queries, seed)]
@@ -330,7 +470,7 @@ def raised_here(e: Exception) -> bool:
     "Whether this package raised an error itself, with a message for the user."
     last = e.__traceback__
     while last.tb_next: last = last.tb_next
-    return Path(last.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+    return Path(__file__).parent in Path(last.tb_frame.f_code.co_filename).parents
 
 
 def fail(message, code: int = 2) -> int:

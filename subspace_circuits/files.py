@@ -16,12 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 __all__ = ["check", "check_free", "comment", "damaged", "kind_of", "left_over", "mark", "owned", "read_json",
-           "read_tensors", "remove", "replacing", "sha256", "walk", "write_json", "write_tensors", "write_text"]
+           "read_tensors", "reason", "remove", "replacing", "sha256", "walk", "write_json", "write_tensors",
+           "write_text"]
 
 PROGRAM = "subspace_circuits"
 END = re.compile(rb'(?:,?\n "written": "|<!-- )subspace_circuits: ([a-z ]+)(?:, sha256 ([0-9a-f]{64})"\n\}| -->)\n\Z')
 START = re.compile(rb'.{8}\{"__metadata__":\{"written":"subspace_circuits: ([a-z ]+)', re.DOTALL)
 hashed = {} # What identifies a file's content, to its SHA-256
+
+
+def reason(e: Exception) -> str:
+    "The first sentence of another library's error, in one line."
+    return " ".join(str(e).split()).split(". ")[0][:200]
 
 
 # ## Whose a file is

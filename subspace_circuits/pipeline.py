@@ -8,16 +8,27 @@ import torch
 from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
-from subspace_circuits.activations import STORE, ActivationStore, capture, fingerprint, live, open_planted, open_task, read_by
+from subspace_circuits.activations import ActivationStore, STORE, capture, fingerprint, live, read_by
+from subspace_circuits.text import open_planted, open_task
 from subspace_circuits.circuit_benchmark import key_grades, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit
-from subspace_circuits.circuits import KeepOnly, Moments, circuit_sites, divergence, find_circuit, to_graph
+from subspace_circuits.forward import circuit_sites
+from subspace_circuits.circuits import find_circuit
+from subspace_circuits.edges import Moments
+from subspace_circuits.keep_only import KeepOnly, divergence
+from subspace_circuits.circuit_graph import to_graph
 from subspace_circuits.files import check, kind_of, left_over, read_json, remove, sha256, walk, write_json
 from subspace_circuits.known_circuits import KnownCircuit, decode, null_model
-from subspace_circuits.partition import PARTITION, Partition, between_class, determination, grow_partition, judge_shares, key_shares, learn_partition, mutual_information_matrix, name_subspaces, stored_sequences, variable_shares, written
-from subspace_circuits.preimages import INDEX, readable
+from subspace_circuits.partition import (
+    PARTITION, Partition, between_class, judge_shares, key_shares, name_subspaces, variable_shares)
+from subspace_circuits.dependence import determination, subspace_information
+from subspace_circuits.search import stored_sequences, written
+from subspace_circuits.growth import grow_partition, learn_partition
+from subspace_circuits.preimages import INDEX
+from subspace_circuits.explorer import readable
 from subspace_circuits.report import write_report
-from subspace_circuits.toy_models import PairTask, Task, accuracy, attention, head_scores, load_model
+from subspace_circuits.toy_models import Task, accuracy, attention, head_scores, load_model
+from subspace_circuits.tasks import PairTask
 
 __all__ = ["run"]
 
@@ -34,12 +45,14 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     torch.set_num_threads(1)
     model, task, known = opened(name)
     tests, sites = trials(task, model.cfg.n_ctx), run_sites(model, known)
-    job = dict(model=name, seed=seed, version=__version__, model_sha256=fingerprint(model), task=task.name, n_layers=model.cfg.n_layers,
+    job = dict(model=name, seed=seed, version=__version__, model_sha256=fingerprint(model), task=task.name,
+               n_layers=model.cfg.n_layers,
                n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
     out = Path(out)
     if claim(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
     clock = Clock(out/"seconds.json")
-    with clock("capture"): store = capture(model, read_by(model, task), sites, out/"store", sequences=sequences_of(task), seed=seed)
+    with clock("capture"):
+        store = capture(model, read_by(model, task), sites, out/"store", sequences=sequences_of(task), seed=seed)
     with clock("partition"): partition_sites(name, out, sites, seed)
     partitions = {o: own_partition(out, o, seed, job["model_sha256"]) for o in sites}
     with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], task, known, seed) for o in sites}
@@ -48,13 +61,16 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
         edges, found = find_circuit(model, task, moments, partitions, seed=seed)
         graph = add_examples(to_graph(model, moments, partitions, edges, found), model, task, partitions, seed=seed)
     with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, tests)
-    control, key = read_json(out/"control.json", "control"), against_key(known, partitions, edges, found) if known else {}
+    control, key = read_json(out/"control.json", "control"), against_key(known, partitions, edges,
+                                                                         found) if known else {}
     write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()}, "evidence")
     save_circuit(graph, out/"circuit.json")
     write_json(out/"attention.json", example(model, task, seed), "attention")
     batch = task.sample(200, generator=torch.Generator().manual_seed(seed))
-    metrics = dict(**scores, head_scores=head_scores(model, batch, task.jobs(batch)), sites={k: v["summary"] for k, v in evidence.items()},
-                   circuit=summary(edges, found) | key.get("circuit", {}) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
+    metrics = dict(**scores, head_scores=head_scores(model, batch, task.jobs(batch)),
+                   sites={k: v["summary"] for k, v in evidence.items()},
+                   circuit=summary(edges, found) | key.get("circuit", {})
+                   | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
                    partition=key.get("partition", {}), seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
     write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])), "run")
     write_json(out/"metrics.json", rounded(metrics), "metrics")
@@ -72,7 +88,8 @@ def opened(name: str) -> tuple[torch.nn.Module, Task, KnownCircuit | None]:
 
 
 def trials(task: Task, n_ctx: int) -> dict[str, tuple[Task, tuple[int, int]]]:
-    "What circuits are tried on: held-out pairs, or lists up to twice as long as any of the task's, where there are such."
+    """What circuits are tried on: held-out pairs, or lists up to twice as long as any of the task's, where there are
+    such."""
     lo, hi = task.lengths
     if isinstance(task, PairTask):
         more = {"held-out pairs": (task.held_out(), (lo, hi))} if task.args["held_out"] else {}
@@ -89,7 +106,8 @@ def fits(task: Task, length: int, n_ctx: int) -> bool:
 
 
 def run_sites(model, known: KnownCircuit | None) -> list[str]:
-    "The sites between components, in order; what the last layer writes only the logits read: learned where a key says what it is, or nothing else stands behind the heads."
+    """The sites between components, in order; what the last layer writes only the logits read: learned where a key
+    says what it is, or nothing else stands behind the heads."""
     sites = circuit_sites(model)
     return sites if known or model.cfg.attn_only else sites[:-1]
 
@@ -104,9 +122,11 @@ def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
     "Make or check the run folder; True if it already holds this run, finished."
     file = out/"config.json"
     if overwrite: remove(out, RUN)
-    if resume and not file.exists(): raise ValueError(f"nothing to resume in {out}: it holds no run; leave out --resume to start one")
+    if resume and not file.exists():
+        raise ValueError(f"nothing to resume in {out}: it holds no run; leave out --resume to start one")
     if not file.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ValueError(f"{out} holds something else: name an empty or a new folder")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} holds something else: name an empty or a new folder")
         out.mkdir(parents=True, exist_ok=True)
         write_json(file, job, "run")
         return False
@@ -115,7 +135,9 @@ def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
                          "name an empty or a new folder")
     theirs = read_json(file, "run")
     for k, v in job.items():
-        if theirs.get(k) != v: raise ValueError(f"{out} holds a run with {k} {theirs.get(k)!r}, not {v!r}: name another folder, or pass --overwrite")
+        if theirs.get(k) != v:
+            raise ValueError(f"{out} holds a run with {k} {theirs.get(k)!r}, not {v!r}: name another folder, or pass "
+                             f"--overwrite")
     whole = finished(out)
     for o in [] if whole else [o for o, _ in walk(out, RUN) if left_over(o)]: o.unlink()
     return whole
@@ -165,12 +187,15 @@ def own_partition(out: Path, site: str, seed: int, weights: str) -> Partition:
 
 def partition_sites(name: str, out: Path, sites: list[str], seed: int):
     "Find the partitions that are not there yet, and the control's, two processes at a time."
-    jobs = [(partition_site, (name, str(out), o, seed)) for o in sites if not (folder_of(out, o)/"partition.json").exists()]
+    jobs = [(partition_site, (name, str(out), o, seed)) for o in sites
+            if not (folder_of(out, o)/"partition.json").exists()]
     if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed)))
     if not jobs: return
     pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
     try:
-        for o in tqdm(as_completed([pool.submit(f, *args) for f, args in jobs]), total=len(jobs), desc="partition, and control"): o.result()
+        for o in tqdm(as_completed([pool.submit(f, *args) for f, args in jobs]), total=len(jobs),
+                      desc="partition, and control"):
+            o.result()
     finally: pool.shutdown(cancel_futures=True)
 
 
@@ -190,13 +215,15 @@ def site_rows(store: ActivationStore, site: str, known: KnownCircuit | None) -> 
     return torch.ones_like(rows) if known else rows
 
 
-def labels(store: ActivationStore, rows: torch.Tensor, h: torch.Tensor, site: str, task: Task, known: KnownCircuit | None) -> dict[str, torch.Tensor]:
+def labels(store: ActivationStore, rows: torch.Tensor, h: torch.Tensor, site: str, task: Task,
+           known: KnownCircuit | None) -> dict[str, torch.Tensor]:
     "The values of every known variable at some rows of a site: the key's, or the task's."
     return decode(known, h, site) if known else {k: store.column(k)[rows] for k in task.variables(task.sample(1))}
 
 
 def untrained(name: str, model, known: KnownCircuit | None, seed: int):
-    "The model before training, or a planted one with random weights of the same size; none of a model that came from elsewhere."
+    """The model before training, or a planted one with random weights of the same size; none of a model that came from
+    elsewhere."""
     if known: return null_model(model, "untrained", seed)
     return load_model(name, trained=False)[0] if model.cfg.architecture == "TransformerLensNative" else None
 
@@ -229,19 +256,26 @@ def site_evidence(store: ActivationStore, p: Partition, task: Task, key: KnownCi
     h = store[p.site][rows]
     known = labels(store, rows, h, p.site, task, key)
     share, null = determination(p, h, g), determination(p, h, g, shuffle=True).abs().max().item()
-    mi, mi_null = mutual_information_matrix(p, h, g) if len(p.names) > 1 else (torch.zeros(1, 1), None)
+    mi, mi_null = subspace_information(p, h, g) if len(p.names) > 1 else (torch.zeros(1, 1), None)
     total = h.var(0).sum()
     presence = {k: (between_class(h, v).trace()/total).item() for k, v in known.items()}
-    present = {k: v for k, v in known.items() if presence[k] >= (.001 if key else .05)} # a planted variable may be quiet beside its decoys
+    # a planted variable may be quiet beside its decoys
+    present = {k: v for k, v in known.items() if presence[k] >= (.001 if key else .05)}
     return dict(
-        summary=dict(n_subspaces=len(p.names) - ("rest" in p.names), objective=p.info["objective"], sizes=p.sizes, presence=presence,
-                     variables=variable_shares(p, h, present), variance={k: (v.var(0).sum()/total).item() for k, v in p.split(h).items()}, verdict=p.info["verdict"], cuts=p.info["cuts"], null=null),
-        matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(), mutual_information_null=mi_null)))
+        summary=dict(n_subspaces=len(p.names) - ("rest" in p.names), objective=p.info["objective"], sizes=p.sizes,
+                     presence=presence,
+                     variables=variable_shares(p, h, present),
+                     variance={k: (v.var(0).sum()/total).item() for k, v in p.split(h).items()},
+                     verdict=p.info["verdict"], cuts=p.info["cuts"], null=null),
+        matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(),
+                              mutual_information_null=mi_null)))
 
 
 def faithfulness(model, task, moments, partitions: dict, edges: list, tests: dict) -> dict:
-    "Accuracy of the model, of the keep-only model and of none, on what was trained and on what was not; KL of the keep-only model."
-    models = dict(full=model, keep_only=KeepOnly(model, moments, partitions, edges), null=KeepOnly(model, moments, partitions, []))
+    """Accuracy of the model, of the keep-only model and of none, on what was trained and on what was not; KL of the
+    keep-only model."""
+    models = dict(full=model, keep_only=KeepOnly(model, moments, partitions, edges),
+                  null=KeepOnly(model, moments, partitions, []))
     scores = {k: {name: accuracy(o, *test, n=300, seed=5) for name, test in tests.items()} for k, o in models.items()}
     return dict(accuracy=scores, kl={k: divergence(model, models[k], task, seed=5) for k in ("keep_only", "null")})
 
@@ -249,12 +283,15 @@ def faithfulness(model, task, moments, partitions: dict, edges: list, tests: dic
 def summary(edges: list, found: dict) -> dict:
     "Counts, curve and choice of a circuit."
     curve = [o for o in found["curve"] if o["stage"] != "budget" or o["epsilon"] in (0, found["epsilon"])]
-    return dict(n_edges=len(edges), n_candidates=len(found["candidates"]), n_significant=significant(found["candidates"]), curve=curve,
-                chosen=[o["stage"] for o in curve].index("circuit"), budget={k: found[k] for k in ("epsilon", "price", "significant", "asked", "able", "wrong")})
+    return dict(n_edges=len(edges), n_candidates=len(found["candidates"]),
+                n_significant=significant(found["candidates"]), curve=curve,
+                chosen=[o["stage"] for o in curve].index("circuit"),
+                budget={k: found[k] for k in ("epsilon", "price", "significant", "asked", "able", "wrong")})
 
 
 def against_key(known: KnownCircuit, partitions: dict, edges: list, found: dict) -> dict:
-    "What an answer key says of subspaces and circuit, strictly and without excuse; average precision over types of edges."
+    """What an answer key says of subspaces and circuit, strictly and without excuse; average precision over types of
+    edges."""
     measured, scores, circuit = key_shares(known, partitions), ranked(edges, found["candidates"]), {}
     homes = judge_shares(known, measured)
     for name, graded in key_grades(known, partitions, homes, scores, reported(scores)).items():
@@ -262,7 +299,8 @@ def against_key(known: KnownCircuit, partitions: dict, edges: list, found: dict)
         circuit |= {f"{name}_average_precision": sum(precision)/len(precision), f"{name}_exact": graded["exact"]}
     one_block = {site: ({k: {"all": 1.} for k in shares}, values) for site, (shares, values) in measured.items()}
     return dict(circuit=circuit, partition=dict(
-        variables=len(homes), isolated=sum(o.isolated for o in homes.values()), isolated_no_excuse=sum(o.no_excuse for o in homes.values()),
+        variables=len(homes), isolated=sum(o.isolated for o in homes.values()),
+        isolated_no_excuse=sum(o.no_excuse for o in homes.values()),
         isolated_one_block=sum(o.isolated for o in judge_shares(known, one_block).values()),
         homes=[dict(site=site, variable=k) | o._asdict() for (site, k), o in homes.items()]))
 
@@ -273,7 +311,8 @@ def example(model, task, seed: int) -> dict:
     batch = task.sample(1, (max(lo, min(8, hi)),)*2, torch.Generator().manual_seed(seed))
     patterns = attention(model, batch)[:, :, 0]
     return dict(tokens=[readable(getattr(task, "tokenizer", None), o) for o in batch.tokens[0].tolist()],
-                patterns=[dict(component=f"L{i}H{j}", pattern=rounded(patterns[i, j].tolist())) for i in range(len(patterns)) for j in range(len(patterns[i]))])
+                patterns=[dict(component=f"L{i}H{j}", pattern=rounded(patterns[i, j].tolist()))
+                          for i in range(len(patterns)) for j in range(len(patterns[i]))])
 
 
 def rounded(o, digits: int = 6):

@@ -2,7 +2,8 @@
 import json, math, re
 from pathlib import Path
 
-from subspace_circuits.circuit_graph import EDGE_WORDS, edge_rows, layout, read_circuit, score_words, site_depth, three_digits
+from subspace_circuits.circuit_graph import (
+    EDGE_WORDS, edge_rows, layout, read_circuit, score_words, site_depth, three_digits)
 from subspace_circuits.files import read_json, write_text
 
 __all__ = ["write_report"]
@@ -28,12 +29,15 @@ def render(config: dict, metrics: dict, partitions: dict, attention: dict, circu
     "The page, as text."
     import jinja2
     from plotly.offline import get_plotlyjs
-    env = jinja2.Environment(loader=jinja2.FileSystemLoader(assets), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(assets), autoescape=True, trim_blocks=True,
+                             lstrip_blocks=True)
     env.filters |= dict(pct=pct, num=three_digits, score=score_words)
     graph = read_graph(circuit, metrics)
     return env.get_template("report.html.jinja").render(
-        config=config, metrics=metrics, claim=claim(metrics, graph), accuracy=accuracy_table(metrics), edge_words=EDGE_WORDS,
-        drawing=layout(graph) | dict(edges=edge_rows(graph)) if circuit else None, curve=curve_figure(metrics.get("circuit", {})),
+        config=config, metrics=metrics, claim=claim(metrics, graph), accuracy=accuracy_table(metrics),
+        edge_words=EDGE_WORDS,
+        drawing=layout(graph) | dict(edges=edge_rows(graph)) if circuit else None,
+        curve=curve_figure(metrics.get("circuit", {})),
         sites=[site_table(o, metrics["sites"][o]) for o in sorted(metrics.get("sites", {}), key=site_depth)],
         matrices=[matrix_pair(o, partitions[o]) for o in sorted(partitions, key=site_depth)],
         attention=attention_figures(attention, metrics.get("head_scores", {})), plotly=get_plotlyjs())
@@ -83,7 +87,8 @@ def accuracy_table(metrics: dict) -> dict | None:
     if not names: return None
     rows = [("full model", circuit.get("n_candidates"), accuracy["full"]),
             ("keep-only model", circuit.get("n_edges"), accuracy.get("keep_only", {})),
-            *([("untrained copy, same procedure", control.get("n_edges"), control.get("accuracy") or {})] if control else []),
+            *([("untrained copy, same procedure", control.get("n_edges"), control.get("accuracy") or {})] if control
+              else []),
             ("nothing kept", 0, accuracy.get("null", {}))]
     words = ["trained lengths", "longer lengths"] if len(names) == 2 and all(map(is_length, names)) else [""]*len(names)
     return dict(heads=list(zip(words, (o.replace("-", "–") if is_length(o) else o for o in names))),
@@ -97,7 +102,8 @@ def site_table(site: str, o: dict) -> dict:
     known = list(dict.fromkeys(v for shares in variables.values() for v in shares))
     rows = [dict(name=n, d=d, variance=variance.get(n), shares=[variables.get(n, {}).get(v) for v in known],
                  words=holds(variables.get(n, {}))) for n, d in sizes.items()]
-    return dict(site=site, known=known, rows=rows, **{k: o.get(k) for k in ("n_subspaces", "objective", "null", "verdict")})
+    return dict(site=site, known=known, rows=rows,
+                **{k: o.get(k) for k in ("n_subspaces", "objective", "null", "verdict")})
 
 
 def holds(shares: dict) -> str:
@@ -117,15 +123,18 @@ def read_graph(circuit: dict, metrics: dict):
     graph = read_circuit(circuit) if circuit else nx.MultiDiGraph()
     for site, o in metrics.get("sites", {}).items():
         for name, d in (o.get("sizes") or {}).items():
-            if f"{site}/{name}" not in graph: graph.add_node(f"{site}/{name}", kind="subspace", site=site, name=name, d=d)
+            if f"{site}/{name}" not in graph:
+                graph.add_node(f"{site}/{name}", kind="subspace", site=site, name=name, d=d)
     return graph
 
 
 # ## Figures drawn by plotly
 
 clear = "rgba(0,0,0,0)"
-axis = dict(showgrid=False, zeroline=False, color="var(--soft)", tickfont=dict(size=11), ticks="outside", ticklen=5, tickcolor=clear)
-plain = dict(paper_bgcolor=clear, plot_bgcolor=clear, font=dict(family="system-ui, sans-serif", size=12, color="var(--text)"),
+axis = dict(showgrid=False, zeroline=False, color="var(--soft)", tickfont=dict(size=11), ticks="outside", ticklen=5,
+            tickcolor=clear)
+plain = dict(paper_bgcolor=clear, plot_bgcolor=clear,
+             font=dict(family="system-ui, sans-serif", size=12, color="var(--text)"),
              hoverlabel=dict(bgcolor="var(--card)", font=dict(color="var(--text)")), showlegend=False)
 shades = [[0, "var(--heat0)"], [.5, "var(--heat1)"], [1, "var(--heat2)"]]
 
@@ -137,9 +146,11 @@ def titled(text: str) -> dict:
 
 def heatmap(z: list, x: dict, y: dict, hover: str, top: float, margin: dict, height: int, **extra) -> dict:
     "A heatmap whose first row is at the top."
-    data = dict(type="heatmap", z=z, zmin=0, zmax=top, colorscale=shades, showscale=False, hovertemplate=hover + "<extra></extra>",
+    data = dict(type="heatmap", z=z, zmin=0, zmax=top, colorscale=shades, showscale=False,
+                hovertemplate=hover + "<extra></extra>",
                 hoverongaps=False, **extra)
-    return dict(data=[data], layout=plain | dict(height=height, margin=margin, xaxis=axis | x, yaxis=axis | dict(autorange="reversed") | y))
+    return dict(data=[data], layout=plain
+                | dict(height=height, margin=margin, xaxis=axis | x, yaxis=axis | dict(autorange="reversed") | y))
 
 
 def matrix_figure(z: list, names: list, hover: str, top: float) -> dict:
@@ -159,7 +170,8 @@ def matrix_pair(site: str, o: dict) -> dict:
     pair = dict(site=site, null=o.get("mutual_information_null"), most=most)
     if mi: pair["mi"] = matrix_figure(mi, names, "%{y} and %{x}: %{z:.3f} nats", max(most, .5))
     if o.get("determination"):
-        pair["determination"] = matrix_figure(o["determination"], names, "matching in %{y} determines %{z:.1%} of %{x}", 1)
+        pair["determination"] = matrix_figure(o["determination"], names,
+                                              "matching in %{y} determines %{z:.1%} of %{x}", 1)
     return pair
 
 
@@ -173,7 +185,8 @@ def attention_figures(attention: dict, scores: dict) -> list[dict]:
     figures = []
     for o in attention.get("patterns", []):
         ahead = any(v for i, row in enumerate(o["pattern"]) for v in row[i + 1:])
-        z = [[round(v, 3) if ahead or j <= i else None for j, v in enumerate(row)] for i, row in enumerate(o["pattern"])]
+        z = [[round(v, 3) if ahead or j <= i else None for j, v in enumerate(row)]
+             for i, row in enumerate(o["pattern"])]
         figure = heatmap(z, x, y, "%{y} attends to %{x}: %{z:.2f}", 1, dict(l=56, r=4, t=4, b=60), 400)
         named = {k: v[o["component"]] for k, v in scores.items() if o["component"] in v}
         figures.append(dict(component=o["component"], figure=figure, scores=named))
@@ -199,5 +212,7 @@ def curve_figure(circuit: dict) -> dict | None:
     layout = plain | dict(height=300, margin=dict(l=64, r=10, t=6, b=42),
         xaxis=axis | dict(title=titled("edges kept"), rangemode="tozero", anchor="y2"),
         yaxis=grid | dict(title=titled("accuracy"), domain=[.55, 1], rangemode="tozero"),
-        yaxis2=grid | dict(title=titled("KL, nats"), type="log", domain=[0, .45], dtick=1 + int(decades//4), tickformat="~g"))
-    return dict(data=[curve_line(points, circuit.get("chosen"), *o) for o in (("accuracy", "y"), ("kl", "y2"))], layout=layout)
+        yaxis2=grid | dict(title=titled("KL, nats"), type="log", domain=[0, .45], dtick=1 + int(decades//4),
+                           tickformat="~g"))
+    return dict(data=[curve_line(points, circuit.get("chosen"), *o) for o in (("accuracy", "y"), ("kl", "y2"))],
+                layout=layout)

@@ -6,17 +6,26 @@ import pytest
 import torch
 
 from subspace_circuits.activations import given
-from subspace_circuits.circuit_benchmark import planted_partitions
-from subspace_circuits.circuit_graph import (add_examples, circuit_figure, diff_circuits, diff_figure, edge_rows, layout, read_circuit, save_circuit, to_graphml,
-                                             write_circuit, write_figure)
-from subspace_circuits.circuits import (MODES, Judge, KeepOnly, Moments, Weights, check_partitions, circuit_sites, compositions, find_circuit, haar_mean, identity, jaccard,
-                                        keep_edges, links, living, ov_energy, paths, qk_energy, read_site, score_edges, to_graph, trim, write_site)
-from subspace_circuits.known_circuits import null_model, plant
+from subspace_circuits.edges import planted_partitions
+from subspace_circuits.circuit_graph import (
+    add_examples, circuit_figure, diff_circuits, diff_figure, edge_rows, layout, read_circuit,
+    save_circuit, to_graphml, write_circuit, write_figure)
+from subspace_circuits.forward import Weights, circuit_sites, read_site, write_site
+from subspace_circuits.circuits import compositions, find_circuit, jaccard, keep_edges, links, paths, trim
+from subspace_circuits.edges import (
+    Moments, check_partitions, haar_mean, identity, living, ov_energy, qk_energy, score_edges)
+from subspace_circuits.keep_only import Judge, KeepOnly, MODES
+from subspace_circuits.circuit_graph import to_graph
+from subspace_circuits.known_circuits import null_model
+from subspace_circuits.circuit_families import plant
 from subspace_circuits.partition import Partition
 from subspace_circuits.toy_models import Task, accuracy, new_model
 
-SHAPES = {"attention only": dict(attn_only=True, normalization_type=None), "layer norm": dict(), "norm without weights": dict(normalization_type="LNPre"),
-          "RMS norm, rotary, gated, shared keys": dict(normalization_type="RMS", n_key_value_heads=2, positional_embedding_type="rotary", rotary_dim=8, gated_mlp=True, act_fn="silu")}
+SHAPES = {"attention only": dict(attn_only=True, normalization_type=None), "layer norm": dict(),
+          "norm without weights": dict(normalization_type="LNPre"),
+          "RMS norm, rotary, gated, shared keys": dict(normalization_type="RMS", n_key_value_heads=2,
+                                                       positional_embedding_type="rotary", rotary_dim=8,
+                                                       gated_mlp=True, act_fn="silu")}
 
 
 class Noise(Task):
@@ -42,24 +51,35 @@ def model_of(shape):
 def cut(net, seed=0):
     "Random partitions into four parts."
     g = torch.Generator().manual_seed(seed)
-    return {s: Partition({f"s{i}": o for i, o in enumerate(torch.linalg.qr(torch.randn(32, 32, generator=g))[0].split([4, 12, 8, 8], 1))}, s) for s in circuit_sites(net)}
+    return {s: Partition({f"s{i}": o
+                          for i, o in enumerate(torch.linalg.qr(torch.randn(32, 32, generator=g))[0].split([4, 12, 8,
+                                                                                                            8], 1))},
+                                                                                                            s) for s in circuit_sites(net)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_everything_kept_is_the_model(shape):
     net = model_of(shape)
     moments, partitions = Moments(net, Noise(), n=20), cut(net)
-    edges, batch = score_edges(net, moments, partitions, draws=16), Noise().sample(4, generator=torch.Generator().manual_seed(1))
+    edges, batch = score_edges(net, moments, partitions,
+                               draws=16), Noise().sample(4, generator=torch.Generator().manual_seed(1))
     want = net(batch.tokens, position_ids=batch.positions)
-    for mode in MODES: assert (KeepOnly(net, moments, partitions, edges, mode)(batch.tokens, batch.positions) - want).abs().max() < 1e-3
-    assert all(math.isfinite(o[k]) for o in edges for k in ("score", "data_free", "enrichment", "p") if o.get(k) is not None)
+    for mode in MODES:
+        assert (KeepOnly(net, moments, partitions, edges, mode)(batch.tokens, batch.positions)
+                - want).abs().max() < 1e-3
+    assert all(math.isfinite(o[k]) for o in edges for k in ("score", "data_free", "enrichment", "p")
+               if o.get(k) is not None)
     part = KeepOnly(net, moments, partitions, edges[2::4])
-    assert torch.allclose(part(batch.tokens, batch.positions), KeepOnly(net, moments, partitions, edges[::2]).without(edges[::4])(batch.tokens, batch.positions), atol=1e-4)
+    assert torch.allclose(part(batch.tokens, batch.positions),
+                          KeepOnly(net, moments, partitions, edges[::2]).without(edges[::4])(batch.tokens,
+                                                                                             batch.positions),
+                                                                                             atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_head_gauge_and_softmax_shift(shape):
-    "A change of basis inside heads (rotary positions allow only what commutes with them), values against outputs, and a key bias change no score."
+    """A change of basis inside heads (rotary positions allow only what commutes with them), values against outputs,
+    and a key bias change no score."""
     net, g = model_of(shape), torch.Generator().manual_seed(2)
     moments, p = Moments(net, Noise(), n=20), cut(net)
     site, out = p[read_site(1)], p[write_site(1, net.cfg.attn_only)]
@@ -67,9 +87,12 @@ def test_head_gauge_and_softmax_shift(shape):
     L, d = moments.weights.heads[1], net.cfg.d_head
     G, V = (torch.randn(4, d, d, generator=g) + 4*torch.eye(d) for _ in range(2))
     if moments.weights.rotary is not None: G = 2*torch.eye(d).expand(4, d, d)
-    L |= dict(Q=L["Q"]@G, bQ=(L["bQ"][:, None]@G)[:, 0], K=L["K"]@torch.linalg.inv(G).mT, bK=(L["bK"][:, None]@torch.linalg.inv(G).mT)[:, 0], V=5*L["V"]@V, O=torch.linalg.inv(V)@L["O"]/5)
-    if moments.weights.rotary is None: L["bK"] = L["bK"] + torch.randn(4, d, generator=g) # adds the same to all keys of a query
-    for a, b in zip(before, (qk_energy(moments, 1, site), ov_energy(moments, 1, site, out))): assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+    L |= dict(Q=L["Q"]@G, bQ=(L["bQ"][:, None]@G)[:, 0], K=L["K"]@torch.linalg.inv(G).mT,
+              bK=(L["bK"][:, None]@torch.linalg.inv(G).mT)[:, 0], V=5*L["V"]@V, O=torch.linalg.inv(V)@L["O"]/5)
+    # adds the same to all keys of a query
+    if moments.weights.rotary is None: L["bK"] = L["bK"] + torch.randn(4, d, generator=g)
+    for a, b in zip(before, (qk_energy(moments, 1, site), ov_energy(moments, 1, site, out))):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", [None, "RMSPre"])
@@ -82,7 +105,8 @@ def test_joint_rotation_of_stream_and_subspaces(norm):
     p = cut(net)
     turned = {s: Partition({k: R.T@u for k, u in o.bases.items()}, s) for s, o in p.items()}
     one, two = (score_edges(n, Moments(n, Noise(), n=20), q, draws=16) for n, q in ((net, p), (twin, turned)))
-    for a, b in zip(one, two): assert identity(a) == identity(b) and abs(a["score"] - b["score"]) <= 1e-3*abs(a["score"]) + 1e-6
+    for a, b in zip(one, two):
+        assert identity(a) == identity(b) and abs(a["score"] - b["score"]) <= 1e-3*abs(a["score"]) + 1e-6
 
 
 def test_exact_mean_over_rotations():
@@ -103,8 +127,10 @@ def test_planted_circuit_is_found(family):
     inner = {identity(o) for o in kept if o["type"] in ("QK", "OV", "MLP")}
     assert inner == {identity(o) for o in known.edges} and min(o["necessity"] for o in kept) >= info["price"]
     assert accuracy(KeepOnly(known.model, moments, partitions, kept), known.task, n=100) >= .99
-    assert paths(compositions(kept, links(moments, partitions))) and "logits" in to_graph(known.model, moments, partitions, kept)
-    again = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100, seed=9), partitions, seed=9)[0]
+    assert paths(compositions(kept, links(moments, partitions)))
+    assert "logits" in to_graph(known.model, moments, partitions, kept)
+    again = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100, seed=9), partitions,
+                         seed=9)[0]
     assert jaccard(kept, again) == 1
 
 
@@ -126,8 +152,12 @@ def test_random_models_are_silent(kind):
 
 def test_trim_and_budget():
     at = dict(layer=0, head=0, component="L0H0", site_a="s", p=None)
-    edges = [at | dict(type="QK", a="x", b="x", score=9., site_b="s"), at | dict(type="QK", a="x", b="y", score=1., site_b="s"), at | dict(type="OV", a="x", b="y", score=.6, site_b="t"),
-             at | dict(type="OV", a="y", b="y", score=.01, site_b="t"), dict(component="unembed", layer=None, head=None, type="unembed", a="y", b="logits", score=1., site_a="t", site_b="logits")]
+    edges = [at | dict(type="QK", a="x", b="x", score=9., site_b="s"),
+             at | dict(type="QK", a="x", b="y", score=1., site_b="s"),
+             at | dict(type="OV", a="x", b="y", score=.6, site_b="t"),
+             at | dict(type="OV", a="y", b="y", score=.01, site_b="t"),
+             dict(component="unembed", layer=None, head=None, type="unembed", a="y", b="logits", score=1., site_a="t",
+                  site_b="logits")]
     assert [(o["type"], o["a"]) for o in keep_edges(edges, 1)] == [("QK", "x"), ("OV", "x"), ("unembed", "y")]
     assert keep_edges(edges[:2], 1) == [] and trim(edges, {"s": {"x": {"x"}, "y": {"y"}}}) == edges
     assert trim([o for o in edges if o["type"] != "OV"], {"s": {"x": {"x"}, "y": {"y"}}}) == edges[-1:]
@@ -137,11 +167,14 @@ def test_refusals():
     net = model_of("layer norm")
     moments, p = Moments(net, Noise(), n=20), cut(net)
     for o in circuit_sites(net)[:-1]:
-        with pytest.raises(ValueError, match=f"no partition of {o}"): check_partitions(net, {k: v for k, v in p.items() if k != o})
+        with pytest.raises(ValueError, match=f"no partition of {o}"):
+            check_partitions(net, {k: v for k, v in p.items() if k != o})
     with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"):
-        check_partitions(net, p | {read_site(0): Partition(p[read_site(0)].bases, read_site(0), info=dict(weights="a"*64))})
+        check_partitions(net, p | {read_site(0): Partition(p[read_site(0)].bases, read_site(0),
+                                                           info=dict(weights="a"*64))})
     with pytest.raises(ValueError, match="at least 64 are needed"): Moments(net, Noise(), n=5)
-    with pytest.raises(ValueError, match="these moments are of another model"): score_edges(model_of("layer norm"), moments, p)
+    with pytest.raises(ValueError, match="these moments are of another model"):
+        score_edges(model_of("layer norm"), moments, p)
     capped = copy.deepcopy(net)
     capped.original_model.output_logits_soft_cap = 1.
     with pytest.raises(ValueError, match="does not answer as its weights say"): Weights(capped)
@@ -156,7 +189,8 @@ def test_judge_counts_only_what_right_answers_lose():
 
 @pytest.fixture(scope="module", params=["layer norm", "attention only"])
 def drawn(request):
-    "64 edges of a random model between random subspaces, one of them with a name that is markup, every second of negative sign."
+    """64 edges of a random model between random subspaces, one of them with a name that is markup, every second of
+    negative sign."""
     net = model_of(request.param)
     p, site = cut(net), read_site(0)
     p[site] = Partition({"<b>&s0" if k == "s0" else k: v for k, v in p[site].bases.items()}, site)
@@ -173,9 +207,12 @@ def test_exchange(drawn, tmp_path):
     assert nx.utils.graphs_equal(read_circuit(tmp_path/"c.json"), G)
     to_graphml(G, tmp_path/"c.graphml")
     again = nx.read_graphml(tmp_path/"c.graphml", force_multigraph=True)
-    assert set(again) == set(G) and sorted(o["type"] for *_, o in again.edges(data=True)) == sorted(o["type"] for *_, o in G.edges(data=True))
+    assert set(again) == set(G)
+    assert sorted(o["type"] for *_, o in again.edges(data=True)) == sorted(o["type"] for *_, o in G.edges(data=True))
     held = json.loads((tmp_path/"c.json").read_text())
-    for wrong, said in ((held | dict(version=0), "version 0, this reads version 1"), ({k: v for k, v in held.items() if k != "version"}, "version None"), ({}, "no nodes and edges")):
+    for wrong, said in ((held | dict(version=0), "version 0, this reads version 1"),
+                        ({k: v for k, v in held.items() if k != "version"}, "version None"),
+                        ({}, "no nodes and edges")):
         with pytest.raises(ValueError, match=said): read_circuit(wrong)
     (tmp_path/"list.json").write_text("[1]")
     for o in ("list.json", "c.graphml", "none.json"):
@@ -186,7 +223,8 @@ def test_places(drawn):
     G, _ = drawn
     for how in ((), (.63, 5.5)):
         o = layout(G, *how)
-        assert {e["edge"] for e in o["lines"]} == set(range(G.number_of_edges())) and all(e["x1"] < e["x2"] for e in o["lines"])
+        assert {e["edge"] for e in o["lines"]} == set(range(G.number_of_edges()))
+        assert all(e["x1"] < e["x2"] for e in o["lines"])
         boxes = sorted(o["boxes"], key=lambda b: (b["x"], b["y"]))
         assert all(a["x"] + a["w"] <= b["x"] or a["y"] + a["h"] <= b["y"] for a, b in zip(boxes, boxes[1:]))
 
@@ -196,7 +234,8 @@ def test_figure(drawn, tmp_path):
     fig = circuit_figure(G, "http://127.0.0.1:1")
     words = " ".join(o.text for o in fig.layout.annotations) + " ".join(o.text or "" for o in fig.data)
     assert "<b>&s0" not in words and "&lt;b&gt;&amp;s0" in words and "sign −" in words and "nearest to" in words
-    assert sum(bool(o.meta) for o in fig.data) == sum(o["kind"] == "subspace" and o["name"] not in ("bias", "stream") for _, o in G.nodes(data=True))
+    assert sum(bool(o.meta) for o in fig.data) == sum(o["kind"] == "subspace" and o["name"] not in ("bias", "stream")
+                                                      for _, o in G.nodes(data=True))
     write_figure(circuit_figure(G, static=True), tmp_path/"print.html", "a <b> & c")
     assert "<title>a &lt;b&gt; &amp; c</title>" in (tmp_path/"print.html").read_text()
     with pytest.raises(ValueError, match="pass the address"): circuit_figure(G, "file:///x")
@@ -209,7 +248,8 @@ def test_diff_is_symmetric(drawn):
     less.remove_edge(*gone)
     turned = next(e for *_, e in less.edges(data=True) if e["type"] == "OV")
     turned["sign"] = -turned["sign"]
-    there, back = ({o["change"]: o for o in diff_circuits(*pair) if o["change"] != "same"} for pair in ((G, less), (less, G)))
+    there, back = ({o["change"]: o for o in diff_circuits(*pair) if o["change"] != "same"}
+                   for pair in ((G, less), (less, G)))
     assert set(there) == {"only in the first", "score changed"} and set(back) == {"only in the second", "score changed"}
     assert there["only in the first"]["label"] == back["only in the second"]["label"]
     assert {o["change"] for o in diff_circuits(G, G)} == {"same"}
@@ -229,23 +269,26 @@ def test_written_once(tmp_path):
     assert out.read_bytes() == before and out.with_suffix(".html").read_text() != page
     with pytest.raises(ValueError, match="holds a circuit with seed 0, not 1"): write_circuit(*job, answers=50, seed=1)
     with pytest.raises(ValueError, match="name a .json file"): write_circuit(*job[:2], tmp_path/"other.txt")
-    with pytest.raises(ValueError, match="pass the address"): write_circuit(*job[:2], tmp_path/"other.json", explorer="here")
+    with pytest.raises(ValueError, match="pass the address"):
+        write_circuit(*job[:2], tmp_path/"other.json", explorer="here")
     p = Partition.from_pretrained(cut/"0")
     Partition(p.bases, p.site, info=dict(weights="a"*64)).save_pretrained(cut/"0")
-    with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"): write_circuit(*job[:2], tmp_path/"other.json")
+    with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"):
+        write_circuit(*job[:2], tmp_path/"other.json")
     assert not list(tmp_path.glob("other*"))
 
 
 def test_same_circuit_in_every_process():
     "Sums run in a fixed order: another order of sets, as another hash seed makes, changes no bit."
     script = ("import torch; torch.set_num_threads(1)\n"
-              "from subspace_circuits.circuit_benchmark import planted_partitions\n"
-              "from subspace_circuits.circuits import KeepOnly, Moments, score_edges\n"
-              "from subspace_circuits.known_circuits import plant\n"
+              "from subspace_circuits.edges import Moments, planted_partitions, score_edges\n"
+              "from subspace_circuits.keep_only import KeepOnly\n"
+              "from subspace_circuits.circuit_families import plant\n"
               "known = plant('induction', certified=False)\n"
               "parts, moments = planted_partitions(known), Moments(known.model, known.task, n=30)\n"
               "keep = KeepOnly(known.model, moments, parts, score_edges(known.model, moments, parts, draws=16))\n"
               "batch = known.task.sample(5, generator=torch.Generator().manual_seed(0))\n"
               "print(keep(batch.tokens, position_ids=batch.positions).double().sum().item().hex())")
-    said = {subprocess.run([sys.executable, "-c", script], env=os.environ | dict(PYTHONHASHSEED=o), capture_output=True, text=True, check=True).stdout for o in "012"}
+    said = {subprocess.run([sys.executable, "-c", script], env=os.environ | dict(PYTHONHASHSEED=o),
+                           capture_output=True, text=True, check=True).stdout for o in "012"}
     assert len(said) == 1

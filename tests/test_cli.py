@@ -9,7 +9,8 @@ from subspace_circuits.files import read_json
 
 def call(*args):
     "Exit code, output and error of one command."
-    done = subprocess.run([sys.executable, "-m", "subspace_circuits.cli", *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "subspace_circuits.cli", *map(str, args)], capture_output=True,
+                          text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -30,14 +31,18 @@ def store(tmp_path_factory):
 
 def test_models():
     listed = json.loads(call("models", "--json")[1])
-    assert listed["induction"]["variables"] == ["token", "previous token", "position", "output"] and listed["planted-induction"]["edges"] == 4
-    assert {o["kind"] for o in listed.values()} == {"trained", "planted", "toy"} and all(o["task"] and o["shape"] for o in listed.values())
+    assert listed["induction"]["variables"] == ["token", "previous token", "position", "output"]
+    assert listed["planted-induction"]["edges"] == 4
+    assert {o["kind"] for o in listed.values()} == {"trained", "planted", "toy"}
+    assert all(o["task"] and o["shape"] for o in listed.values())
 
 
 def test_planted_model(tmp_path):
     assert call("capture", "planted-histogram", "--out", tmp_path/"store", "--shards", 1, "--sequences", 16)[0] == 0
-    assert "unknown family 'histograms': use one of induction" in refused("capture", "planted-histograms", "--out", tmp_path/"other")
-    assert "lengths '12': write the shortest and the longest" in refused("capture", "planted-histogram", "--out", tmp_path/"other", "--lengths", 12)
+    assert "unknown family 'histograms': use one of induction" in refused("capture", "planted-histograms", "--out",
+                                                                          tmp_path/"other")
+    assert "lengths '12': write the shortest and the longest" in refused("capture", "planted-histogram", "--out",
+                                                                         tmp_path/"other", "--lengths", 12)
 
 
 def test_run_of_a_planted_model(tmp_path):
@@ -48,21 +53,27 @@ def test_run_of_a_planted_model(tmp_path):
     key, circuit = metrics["partition"], metrics["circuit"]
     assert (key["variables"], key["isolated_one_block"], len(key["homes"])) == (3, 0, 3)
     assert 0 <= key["isolated_no_excuse"] <= key["isolated"] == sum(o["isolated"] for o in key["homes"]) <= 3
-    assert circuit["no_excuse_average_precision"] <= circuit["strict_average_precision"] <= 1 and not {"exact", "average_precision"} & circuit.keys()
+    assert circuit["no_excuse_average_precision"] <= circuit["strict_average_precision"] <= 1
+    assert not {"exact", "average_precision"} & circuit.keys()
     assert circuit["strict_exact"] <= (key["isolated"] == 3)
     said = f"the answer key: {key['isolated']} of 3 variables isolated ({key['isolated_no_excuse']} without excuse); circuit {'' if circuit['strict_exact'] else 'not '}exact"
     assert said in out
-    assert metrics["circuit"]["control"]["n_edges"] == 0 and list(metrics["accuracy"]["keep_only"].values()) == [1.] # no longer lists than it was planted for
+    # no longer lists than it was planted for
+    assert metrics["circuit"]["control"]["n_edges"] == 0 and list(metrics["accuracy"]["keep_only"].values()) == [1.]
     report = (tmp_path/"run"/"report.html").read_text()
-    assert f"{key['isolated']} of 3 variables have a subspace to themselves" in report and "none of the 3 would be isolated" in report
-    assert "unknown family 'skip_trigrams': use one of induction" in refused("run", "planted-skip_trigrams", "--out", tmp_path/"other") and not (tmp_path/"other").exists()
+    assert f"{key['isolated']} of 3 variables have a subspace to themselves" in report
+    assert "none of the 3 would be isolated" in report
+    assert "unknown family 'skip_trigrams': use one of induction" in refused("run", "planted-skip_trigrams", "--out",
+                                                                             tmp_path/"other")
+    assert not (tmp_path/"other").exists()
 
 
 def test_what_circuits_are_tried_on():
     "Lists up to twice as long if the model can read them, pairs that were held out."
     from subspace_circuits.pipeline import trials
     from subspace_circuits.toy_models import load_model
-    for name, want in dict(induction=["0-50", "51-100"], bigram_copy=["0-30", "31-38"], weekdays=["trained pairs", "held-out pairs"]).items():
+    for name, want in dict(induction=["0-50", "51-100"], bigram_copy=["0-30", "31-38"],
+                           weekdays=["trained pairs", "held-out pairs"]).items():
         model, task, _ = load_model(name)
         assert list(trials(task, model.cfg.n_ctx)) == want
 
@@ -89,10 +100,12 @@ def test_unknown_site(tmp_path):
 
 def test_patterns_and_dtype(tmp_path):
     from subspace_circuits.activations import ActivationStore
-    job = ("capture", "induction", "--out", tmp_path/"store", "--sites", "blocks.*.hook_resid_mid", "--shards", 1, "--sequences", 8)
+    job = ("capture", "induction", "--out", tmp_path/"store", "--sites", "blocks.*.hook_resid_mid", "--shards", 1,
+           "--sequences", 8)
     assert call(*job, "--dtype", "bfloat16")[0] == 0
     store = ActivationStore(tmp_path/"store")
-    assert store.sites == ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"] and store.info["capture"]["dtype"] == "bfloat16"
+    assert store.sites == ["blocks.0.hook_resid_mid", "blocks.1.hook_resid_mid"]
+    assert store.info["capture"]["dtype"] == "bfloat16"
     assert "holds a capture with dtype 'bfloat16', not 'float32'" in refused(*job)
     assert call(*job, "--overwrite")[0] == 0
     assert "unknown dtype 'int8': use one of float32, bfloat16, float16" in refused(*job, "--dtype", "int8")
@@ -103,15 +116,21 @@ def test_text(tmp_path):
     (tmp_path/"set").mkdir()
     (tmp_path/"set"/"text.jsonl").write_text("".join(json.dumps({"text": o}) + "\n" for o in ("3 1 4", "1 5", "9 2 6")))
     for data in (tmp_path/"set"/"text.jsonl", f"hf:{tmp_path/'set'}"):
-        code, out, error = call("capture", "induction", "--data", data, "--out", tmp_path/"padded", "--shards", 2, "--sequences", 2, "--overwrite")
+        code, out, error = call("capture", "induction", "--data", data, "--out", tmp_path/"padded", "--shards", 2,
+                                "--sequences", 2, "--overwrite")
         assert code == 0 and out.startswith("11 rows"), error # eight symbols and three times bos
-    code, _, error = call("capture", "induction", "--data", data, "--out", tmp_path/"packed", "--packed", "--no-bos", "--lengths", "0-4", "--shards", 9)
+    code, _, error = call("capture", "induction", "--data", data, "--out", tmp_path/"packed", "--packed", "--no-bos",
+                          "--lengths", "0-4", "--shards", 9)
     store = ActivationStore(tmp_path/"packed")
     assert code == 0 and "ended early: 1 of 9 shards were written" in error
-    assert store.column("token").tolist() == [3, 1, 4, 1, 5, 9, 2, 6] and store.column("position").tolist() == [0, 1, 2, 3]*2
-    assert "packed and bos are choices for a text" in refused("capture", "induction", "--packed", "--out", tmp_path/"other")
-    assert "cannot be opened: write hf:owner/name" in refused("capture", "induction", "--data", f"hf:{tmp_path/'set'}::test", "--out", tmp_path/"other")
-    assert "no data 'text.csv' for induction: use task" in refused("capture", "induction", "--data", "text.csv", "--out", tmp_path/"other")
+    assert store.column("token").tolist() == [3, 1, 4, 1, 5, 9, 2, 6]
+    assert store.column("position").tolist() == [0, 1, 2, 3]*2
+    assert "packed and bos are choices for a text" in refused("capture", "induction", "--packed", "--out",
+                                                              tmp_path/"other")
+    assert "cannot be opened: write hf:owner/name" in refused("capture", "induction", "--data",
+                                                              f"hf:{tmp_path/'set'}::test", "--out", tmp_path/"other")
+    assert "no data 'text.csv' for induction: use task" in refused("capture", "induction", "--data", "text.csv",
+                                                                   "--out", tmp_path/"other")
     assert not (tmp_path/"other").exists()
 
 
@@ -132,14 +151,16 @@ def test_benchmark_of_models_and_neighbors(tmp_path, area, bars):
 
 
 def test_store_of_another_seed(store):
-    assert "holds a capture with seed 0, not 1" in refused("capture", "induction", "--out", store, "--sites", "blocks.0.hook_resid_mid", "--shards", 1, "--seed", 1)
+    assert "holds a capture with seed 0, not 1" in refused("capture", "induction", "--out", store, "--sites",
+                                                           "blocks.0.hook_resid_mid", "--shards", 1, "--seed", 1)
 
 
 def test_store_of_another_model(store, tmp_path):
     from subspace_circuits.toy_models import load_model, save_model
     model, _, config = load_model("induction", trained=False)
     save_model(model, tmp_path/"other", config)
-    assert "holds a capture with weights" in refused("capture", tmp_path/"other", "--out", store, "--sites", "blocks.0.hook_resid_mid", "--shards", 1)
+    assert "holds a capture with weights" in refused("capture", tmp_path/"other", "--out", store, "--sites",
+                                                     "blocks.0.hook_resid_mid", "--shards", 1)
 
 
 def test_nan_in_activations(tmp_path):
@@ -147,13 +168,18 @@ def test_nan_in_activations(tmp_path):
     model, _, config = load_model("induction")
     parameters(model)["pos.weight"][3] = float("nan")
     save_model(model, tmp_path/"broken", config)
-    assert "NaN or infinite activations at blocks.0.hook_resid_pre" in refused("run", tmp_path/"broken", "--out", tmp_path/"run")
+    assert "NaN or infinite activations at blocks.0.hook_resid_pre" in refused("run", tmp_path/"broken", "--out",
+                                                                               tmp_path/"run")
 
 
 def test_partition_refuses(store, tmp_path):
     assert "no site 'x0.mid'" in refused("partition", store, "--site", "x0.mid", "--out", tmp_path/"p")
-    assert "unknown method 'pca': use one of ndm, closed-form, growth" in refused("partition", store, "--site", "blocks.0.hook_resid_mid", "--method", "pca", "--out", tmp_path/"p")
-    assert "holds no store.json" in refused("partition", tmp_path, "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
+    assert "unknown method 'pca': use one of ndm, closed-form, growth" in refused("partition", store, "--site",
+                                                                                  "blocks.0.hook_resid_mid",
+                                                                                  "--method", "pca", "--out",
+                                                                                  tmp_path/"p")
+    assert "holds no store.json" in refused("partition", tmp_path, "--site", "blocks.0.hook_resid_mid", "--out",
+                                            tmp_path/"p")
 
 
 def test_several_sites(tmp_path):
@@ -169,28 +195,34 @@ def test_several_sites(tmp_path):
 
 
 def test_partition_by_writers(store, tmp_path):
-    "With its model a store is cut by who wrote what, which is kept as another job; another model, or a method that asks for rows alone, is refused."
+    """With its model a store is cut by who wrote what, which is kept as another job; another model, or a method that
+    asks for rows alone, is refused."""
     from subspace_circuits.partition import Partition
-    assert "holds activations of weights" in refused("partition", store, "--site", "blocks.0.hook_resid_mid", "--model", "planted-induction", "--out", tmp_path/"p")
-    assert "--model is for method ndm" in refused("partition", store, "--site", "blocks.0.hook_resid_mid", "--model", "induction", "--method", "growth", "--out", tmp_path/"p")
-    assert call("capture", "planted-histogram", "--out", tmp_path/"planted", "--sites", "blocks.0.hook_resid_pre", "--shards", 2)[0] == 0
+    assert "holds activations of weights" in refused("partition", store, "--site", "blocks.0.hook_resid_mid",
+                                                     "--model", "planted-induction", "--out", tmp_path/"p")
+    assert "--model is for method ndm" in refused("partition", store, "--site", "blocks.0.hook_resid_mid", "--model",
+                                                  "induction", "--method", "growth", "--out", tmp_path/"p")
+    assert call("capture", "planted-histogram", "--out", tmp_path/"planted", "--sites", "blocks.0.hook_resid_pre",
+                "--shards", 2)[0] == 0
     job = ["partition", tmp_path/"planted", "--site", "blocks.0.hook_resid_pre", "--out", tmp_path/"p"]
     code, out, error = call(*job, "--model", "planted-histogram")
     info = Partition.from_pretrained(tmp_path/"p").info
     assert code == 0 and info["method"].endswith("writers") and info["wrote"]["s0"]["embed"] > .9, error
-    assert call(*job, "--model", "planted-histogram")[1] == out and "by ndm, writers with seed 0: name another folder" in refused(*job)
+    assert call(*job, "--model", "planted-histogram")[1] == out
+    assert "by ndm, writers with seed 0: name another folder" in refused(*job)
 
 
 def test_too_few_activations(tmp_path):
     assert call("capture", "induction", "--out", tmp_path/"tiny", "--shards", 1, "--sequences", 3)[0] == 0
-    assert "fewer than 1280" in refused("partition", tmp_path/"tiny", "--site", "blocks.0.hook_resid_mid", "--out", tmp_path/"p")
+    assert "fewer than 1280" in refused("partition", tmp_path/"tiny", "--site", "blocks.0.hook_resid_mid", "--out",
+                                        tmp_path/"p")
     assert not (tmp_path/"p").exists()
 
 
 def test_circuit_and_diff(tmp_path):
-    from subspace_circuits.circuit_benchmark import planted_partitions
+    from subspace_circuits.edges import planted_partitions
     from subspace_circuits.circuit_graph import read_circuit
-    from subspace_circuits.known_circuits import plant
+    from subspace_circuits.circuit_families import plant
     from subspace_circuits.partition import Partition
     known, cut, out = plant("induction"), tmp_path/"partitions", tmp_path/"circuit.json"
     for i, p in enumerate(planted_partitions(known).values()): p.save_pretrained(cut/str(i))
@@ -203,13 +235,15 @@ def test_circuit_and_diff(tmp_path):
     assert kept == {(o["component"], t) for o in known.edges for t in (("Q", "K") if o["type"] == "QK" else ("OV",))}
     assert {o.name for o in tmp_path.iterdir()} == {"partitions", "circuit.json", "circuit.graphml", "circuit.html"}
     code, printed, error = call("diff", out, out, "--out", tmp_path/"diff.html")
-    assert code == 0 and printed.splitlines() == ["7 of 7 edges are the same"] and (tmp_path/"diff.html").exists(), error
+    assert code == 0 and printed.splitlines() == ["7 of 7 edges are the "
+                                                  "same"] and (tmp_path/"diff.html").exists(), error
     shutil.rmtree(cut/"1")
     Partition({"all": torch.eye(known.model.cfg.d_model)}, "blocks.0.hook_resid_post").save_pretrained(cut/"1")
     code, printed, error = call(*job[:-1], tmp_path/"coarse.json")
     assert code == 0 and "L1H0       QK       all ⋈ all" in printed and "significant components alone do not do the task" in printed, error
     shutil.rmtree(cut/"1")
-    assert "no partition of blocks.0.hook_resid_post" in refused(*job[:-1], tmp_path/"other.json") and not list(tmp_path.glob("other*"))
+    assert "no partition of blocks.0.hook_resid_post" in refused(*job[:-1], tmp_path/"other.json")
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_run_resumes_to_the_same_metrics(tmp_path):

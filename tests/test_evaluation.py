@@ -5,12 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from subspace_circuits.activations import given, open_model
-from subspace_circuits.evaluation import (IOI_TESTS, SUITES, WORDS, Patch, _checks, carries, conflict_pairs, copy_tests, evaluate, gini_coefficients, interchange, ioi_pairs, known_facts, known_tests,
-                                          knowledge_conflict, make_pairs,
-                                          partition_information, patches_of, prompt_by_prompt, random_like, read_facts, read_partitions, readers, save_small_gpt2, single_token, suite, supervised_subspace, whole, year_pairs)
+from subspace_circuits.activations import given
+from subspace_circuits.models import open_model
+from subspace_circuits.evaluation import (
+    Patch, _checks, carries, copy_tests, interchange, make_pairs, patches_of, prompt_by_prompt,
+    random_like, readers, supervised_subspace, whole)
+from subspace_circuits.suites import (
+    IOI_TESTS, SUITES, WORDS, conflict_pairs, evaluate, gini_coefficients, ioi_pairs,
+    knowledge_conflict, known_facts, known_tests, partition_information, read_facts, read_partitions,
+    save_small_gpt2, single_token, suite, year_pairs)
 from subspace_circuits.files import read_json
-from subspace_circuits.known_circuits import plant
+from subspace_circuits.circuit_families import plant
 from subspace_circuits.partition import Partition
 from subspace_circuits.toy_models import load_model
 
@@ -28,7 +33,8 @@ def known(): return plant("induction", certified=False)
 def tests(known): return copy_tests(known.task.sample(250, generator=seeded()), seeded())
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory): return open_model(save_small_gpt2(tmp_path_factory.mktemp("gpt2"), n_layers=12, d_model=24))
+def small(tmp_path_factory):
+    return open_model(save_small_gpt2(tmp_path_factory.mktemp("gpt2"), n_layers=12, d_model=24))
 
 
 def everywhere(model, base, source):
@@ -50,7 +56,9 @@ def test_a_patch_of_everything_is_the_source(name, small):
     for layer in (0, model.cfg.n_layers - 1):
         for where in ("pre", "mid", "post"):
             site = f"blocks.{layer}.hook_resid_{where}"
-            out = interchange(model, pairs, {"whole": whole(site, model.cfg.d_model), "nothing": Patch(site, torch.zeros(model.cfg.d_model, 1))}, rows=7)
+            out = interchange(model, pairs,
+                              {"whole": whole(site, model.cfg.d_model),
+                               "nothing": Patch(site, torch.zeros(model.cfg.d_model, 1))}, rows=7)
             for row, logits in ((0, said[0]), (1, said[1]), (2, said[0])):
                 assert torch.allclose(out.logits[row], logits.gather(1, out.answers), atol=2e-4), (site, row)
 
@@ -62,9 +70,12 @@ def test_two_sites_at_once(small):
     pairs, _ = everywhere(model, base, source)
     early, late = (whole(f"blocks.{i}.hook_resid_post", 24) for i in (2, 7))
     half = cut(24, 2, early.site)
-    out = interchange(model, pairs, {"late": late, "both": [early, late], "early": Patch(early.site, half.bases["s0"]), "halves": [Patch(early.site, half.bases["s0"]), Patch(late.site, half.bases["s1"])],
+    out = interchange(model, pairs, {"late": late, "both": [early, late], "early": Patch(early.site, half.bases["s0"]),
+                                     "halves": [Patch(early.site, half.bases["s0"]),
+                                                Patch(late.site, half.bases["s1"])],
                                      "again": [Patch(early.site, o) for o in half.bases.values()], "all": early})
-    assert torch.allclose(out.logits[1], out.logits[2], atol=1e-4) and torch.allclose(out.logits[5], out.logits[6], atol=1e-4)
+    assert torch.allclose(out.logits[1], out.logits[2], atol=1e-4)
+    assert torch.allclose(out.logits[5], out.logits[6], atol=1e-4)
     assert (out.logits[4] - out.logits[3]).abs().max() > .01
 
 
@@ -78,14 +89,16 @@ def test_same_numbers_as_a_loop(name, small):
     slow, fast = prompt_by_prompt(model, pairs, patches), interchange(model, pairs, patches, rows=11)
     wanted = slow.gather(2, fast.answers.expand(len(slow), -1, -1))
     assert (wanted - fast.logits[1:]).abs().max() < 1e-5*slow.abs().max()
-    assert torch.allclose(slow.softmax(-1).gather(2, fast.answers.expand(len(slow), -1, -1)), fast.probability[1:], atol=1e-5)
+    assert torch.allclose(slow.softmax(-1).gather(2, fast.answers.expand(len(slow), -1, -1)), fast.probability[1:],
+                          atol=1e-5)
 
 
 def test_a_model_is_left_as_it_was(known, tests):
     batch = known.task.sample(5, generator=seeded())
     before = known.model(batch.tokens)
     interchange(known.model, tests["token"], patches_of(Partition(known.bases[SITE], SITE)))
-    with pytest.raises(ValueError): interchange(known.model, tests["token"], {"a": Patch("blocks.9.hook_resid_post", torch.eye(60))})
+    with pytest.raises(ValueError):
+        interchange(known.model, tests["token"], {"a": Patch("blocks.9.hook_resid_post", torch.eye(60))})
     assert torch.equal(before, known.model(batch.tokens)) and not any("forward" in vars(o) for o in known.model.blocks)
 
 
@@ -107,7 +120,8 @@ def test_other_subspaces_do_not_pass(known, tests):
 
 def test_too_much_is_not_isolated(known, tests):
     bases = known.bases[SITE]
-    both = {"both": torch.cat([bases["token"], bases["previous"]], 1)} | {k: v for k, v in bases.items() if k not in ("token", "previous")}
+    both = ({"both": torch.cat([bases["token"], bases["previous"]], 1)}
+            | {k: v for k, v in bases.items() if k not in ("token", "previous")})
     report = carries(known.model, Partition(both, SITE), "both", tests, "token", draws=1)
     assert report.checks["the answer follows"] and not report.checks["others stay"]
 
@@ -128,9 +142,12 @@ def test_random_subspaces_hold_the_variance_asked_for():
 
 def test_readers_of_every_site(small):
     model = small[0]
-    counts = {o: len(readers(model, f"blocks.10.hook_{o}")) for o in ("resid_pre", "resid_mid", "attn_out", "resid_post", "mlp_out")}
-    assert counts == dict(resid_pre=27, resid_mid=15, attn_out=15, resid_post=14, mlp_out=14) # 12 maps of heads and an MLP a layer, and the unembedding
-    with pytest.raises(ValueError, match="readers of 'blocks.10.attn.hook_z' are not known"): readers(model, "blocks.10.attn.hook_z")
+    counts = {o: len(readers(model, f"blocks.10.hook_{o}"))
+              for o in ("resid_pre", "resid_mid", "attn_out", "resid_post", "mlp_out")}
+    # 12 maps of heads and an MLP a layer, and the unembedding
+    assert counts == dict(resid_pre=27, resid_mid=15, attn_out=15, resid_post=14, mlp_out=14)
+    with pytest.raises(ValueError, match="readers of 'blocks.10.attn.hook_z' are not known"):
+        readers(model, "blocks.10.attn.hook_z")
 
 
 @pytest.mark.parametrize("test", IOI_TESTS)
@@ -138,9 +155,11 @@ def test_prompts_line_up(small, test):
     pairs, tokenizer = ioi_pairs(small[1], test, 30, seeded()), small[1]
     word = lambda tokens, at: [tokenizer.decode(int(o)).strip() for o in tokens.gather(1, at[:, None])[:, 0]]
     io, s = ([tokenizer.decode(int(o)).strip() for o in x] for x in (pairs.answer, pairs.other))
-    assert all(a != b for a, b in zip(io, s)) and set(word(pairs.base.tokens, pairs.read)) == {"to"} and (pairs.base.tokens[:, 0] == tokenizer.bos_token_id).all()
+    assert all(a != b for a, b in zip(io, s)) and set(word(pairs.base.tokens, pairs.read)) == {"to"}
+    assert (pairs.base.tokens[:, 0] == tokenizer.bos_token_id).all()
     if test == "test2": assert word(pairs.base.tokens, pairs.at[:, 0]) == s
-    if test == "test1": assert word(pairs.base.tokens, pairs.at[:, 0] - 1) == io and word(pairs.base.tokens, pairs.at[:, 1] - 1) == s
+    if test == "test1":
+        assert word(pairs.base.tokens, pairs.at[:, 0] - 1) == io and word(pairs.base.tokens, pairs.at[:, 1] - 1) == s
     differ = (pairs.base.tokens != pairs.source.tokens).sum(1)
     assert (differ == 2).all()
 
@@ -161,14 +180,16 @@ def test_published_layers_and_resume(small, tmp_path):
         found = suite(*small, name, cuts, n=6, methods=("random",), folder=tmp_path)
         again = suite(*small, name, cuts, n=6, methods=("random",), folder=tmp_path)
         assert tuple(found) == SUITES[name] and json.dumps(found) == json.dumps(again)
-    with pytest.raises(ValueError, match="holds other patches, pairs or weights"): suite(*small, "ioi", cuts, n=7, folder=tmp_path)
+    with pytest.raises(ValueError, match="holds other patches, pairs or weights"):
+        suite(*small, "ioi", cuts, n=7, folder=tmp_path)
 
 
 def test_published_gini_coefficients():
     file = Path(__file__).resolve().parents[2]/"shared"/"published"/"ndm_gpt2_effects.json"
     if not file.exists(): pytest.skip("the published effects are not here")
     logged = [o for t in json.loads(file.read_text())["tests"].values() for o in t.values()]
-    gaps = [abs(v - o["gini"][k]) for o in logged for k, v in gini_coefficients(o["effect"], o["partition"], o["variance"]).items()]
+    gaps = [abs(v - o["gini"][k]) for o in logged
+            for k, v in gini_coefficients(o["effect"], o["partition"], o["variance"]).items()]
     assert len(gaps) == 75 and max(gaps) < 1e-8
 
 
@@ -176,12 +197,16 @@ def test_made_up_names_have_as_many_tokens(tmp_path):
     model, task, _ = load_model("ioi")
     file = tmp_path/"facts.json"
     ask = dict(question="{entity} gave", context="{entity} went to {attribute} ;", facts={"Ada": "book", "Ben": "ring"})
-    for wrong, message in ((ask | dict(facts={"Ada": "blue book", "Ben": "ring"}), "attribute 'blue book' is several tokens"), (ask | dict(context="{entity} went"), "must hold"),
-                           ({"question": "{entity}"}, "lacks context, facts"), (ask | dict(facts={"Ada": "book"}), "a conflict needs two")):
+    for wrong, message in ((ask | dict(facts={"Ada": "blue book", "Ben": "ring"}),
+                            "attribute 'blue book' is several tokens"),
+                            (ask | dict(context="{entity} went"), "must hold"),
+                           ({"question": "{entity}"}, "lacks context, facts"),
+                           (ask | dict(facts={"Ada": "book"}), "a conflict needs two")):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message): read_facts(file, task.tokenizer)
     file.write_text(json.dumps(ask))
-    with pytest.raises(ValueError, match="completes none of 2 facts"): conflict_pairs(model, task.tokenizer, read_facts(file, task.tokenizer), 4, seeded())
+    with pytest.raises(ValueError, match="completes none of 2 facts"):
+        conflict_pairs(model, task.tokenizer, read_facts(file, task.tokenizer), 4, seeded())
 
 
 def test_conflicts_of_a_model_with_a_tokenizer(small, tmp_path):
@@ -189,43 +214,59 @@ def test_conflicts_of_a_model_with_a_tokenizer(small, tmp_path):
     model, tokenizer = small
     said = {}
     for name in WORDS["names"]:
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(f"Yesterday {name} gave", add_special_tokens=False)]])
+        ids = torch.tensor([[tokenizer.bos_token_id,
+                             *tokenizer.encode(f"Yesterday {name} gave", add_special_tokens=False)]])
         word = tokenizer.decode(int(model(ids)[0, -1].argmax())).strip()
         if single_token(tokenizer, word) == int(model(ids)[0, -1].argmax()): said[name] = word
     extra = [o for o in ("book", "ring") if o not in said.values()][:1]
     file = tmp_path/"facts.json"
-    file.write_text(json.dumps(dict(question="Yesterday {entity} gave", context="When {entity} offered a {attribute},", facts=said | {"John": extra[0]}, made_up=WORDS["names"])))
+    file.write_text(json.dumps(dict(question="Yesterday {entity} gave", context="When {entity} offered a {attribute},",
+                                    facts=said | {"John": extra[0]}, made_up=WORDS["names"])))
     facts = read_facts(file, tokenizer)
     assert set(known_facts(model, tokenizer, facts)) == set(said) - {"John"}
     found = knowledge_conflict(model, tokenizer, facts, cut(24, 2, "blocks.5.hook_resid_post"), n=20, folder=tmp_path)
-    assert set(found) == {"context", "question"} and set(found["context"]) == {"original", "s0", "s1", "whole"} and all(0 <= x <= 1 for o in found.values() for r in o.values() for x in r.values())
+    assert set(found) == {"context", "question"} and set(found["context"]) == {"original", "s0", "s1", "whole"}
+    assert all(0 <= x <= 1 for o in found.values() for r in o.values() for x in r.values())
 
 
 def test_each_safeguard_can_fail(known, tests):
     passing = carries(known.model, Partition(known.bases[SITE], SITE), "token", tests, "token", draws=1).figures
     assert all(_checks(passing, .9).values())
-    for change, check in ((dict(whole=.2), "the whole site does as much"), (dict(complement=.8), "the rest does not"), ({"complement, others": .1}, "the rest moves the others"), (dict(isolate=.5), "others stay"),
-                          ({"cause, held out": .3}, "held-out values follow"), (dict(random=dict(dimension=.1, variance=.9, overlap=.2)), "random ones do not"), (dict(supervised=1.2), "as good as supervised"),
-                          ({"natural, seen part": dict(stretch=9.)}, "its seen part varies as much"), (dict(readers={"all readers": dict(seen=.1, unseen=0., share=.5)}), "what readers see suffices"),
-                          (dict(readers={"all readers": dict(seen=1., unseen=.9, share=.5)}), "what they do not see does nothing")):
+    for change, check in ((dict(whole=.2), "the whole site does as much"), (dict(complement=.8), "the rest does not"),
+                          ({"complement, others": .1}, "the rest moves the others"), (dict(isolate=.5), "others stay"),
+                          ({"cause, held out": .3}, "held-out values follow"),
+                          (dict(random=dict(dimension=.1, variance=.9, overlap=.2)), "random ones do not"),
+                          (dict(supervised=1.2), "as good as supervised"),
+                          ({"natural, seen part": dict(stretch=9.)}, "its seen part varies as much"),
+                          (dict(readers={"all readers": dict(seen=.1, unseen=0., share=.5)}),
+                           "what readers see suffices"),
+                          (dict(readers={"all readers": dict(seen=1., unseen=.9, share=.5)}),
+                           "what they do not see does nothing")):
         assert [k for k, v in _checks(passing | change, .9).items() if not v] == [check]
 
 
 def test_refused_pairs(small):
     with pytest.raises(ValueError, match="unknown test 'test9'"): ioi_pairs(small[1], "test9", 4, seeded())
-    with pytest.raises(ValueError, match="0 of 1 verbs are one token"): ioi_pairs(small[1], "test2", 4, seeded(), WORDS | dict(verbs=["bestowed"]))
-    with pytest.raises(ValueError, match="does not end a token"): ioi_pairs(small[1], "test2", 4, seeded(), WORDS | dict(templates=["When {A}s and {B} met, {S} gave a {thing} to the {place} of"]))
+    with pytest.raises(ValueError, match="0 of 1 verbs are one token"):
+        ioi_pairs(small[1], "test2", 4, seeded(), WORDS | dict(verbs=["bestowed"]))
+    with pytest.raises(ValueError, match="does not end a token"):
+        ioi_pairs(small[1], "test2", 4, seeded(),
+                  WORDS | dict(templates=["When {A}s and {B} met, {S} gave a {thing} to the {place} of"]))
     base, source = (given(torch.tensor([o])) for o in ([1, 2, 3], [1, 2, 4]))
     at, read = torch.tensor([[2]]), torch.tensor([2])
-    with pytest.raises(ValueError, match="1 counterfactuals have the answer of their base"): make_pairs(base, source, at, read, read, read)
+    with pytest.raises(ValueError, match="1 counterfactuals have the answer of their base"):
+        make_pairs(base, source, at, read, read, read)
     with pytest.raises(ValueError, match="is its own counterfactual"): make_pairs(base, base, at, read, read, read + 1)
-    with pytest.raises(ValueError, match="3 and 4 tokens: positions do not line up"): make_pairs(base, given(torch.tensor([[1, 2, 4, 5]])), at, read, read, read + 1)
+    with pytest.raises(ValueError, match="3 and 4 tokens: positions do not line up"):
+        make_pairs(base, given(torch.tensor([[1, 2, 4, 5]])), at, read, read, read + 1)
 
 
 def test_refused_partitions(known, tests, small, tmp_path):
     narrow = cut(24, 4, SITE)
     with pytest.raises(ValueError, match="is 24 wide, this model"): carries(known.model, narrow, "s0", tests, "token")
-    with pytest.raises(ValueError, match="is 24 wide, this model 64"): suite(load_model("ioi")[0], load_model("ioi")[1].tokenizer, "ioi", {SITE: narrow}, layers={o: 0 for o in IOI_TESTS})
+    with pytest.raises(ValueError, match="is 24 wide, this model 64"):
+        suite(load_model("ioi")[0], load_model("ioi")[1].tokenizer, "ioi", {SITE: narrow},
+              layers={o: 0 for o in IOI_TESTS})
     with pytest.raises(ValueError, match="activations of width 60"): partition_information(narrow, torch.randn(50, 60))
     with pytest.raises(ValueError, match="holds no partition"): read_partitions(tmp_path)
 
@@ -240,13 +281,16 @@ def test_evaluate_reuses_and_refuses(tmp_path):
     assert evaluate(*job, n=120) == done == read_json(tmp_path/"out.json", "evaluation")
     with pytest.raises(ValueError, match="holds something else"): evaluate(*job, n=121)
     with pytest.raises(ValueError, match="needs --facts"): evaluate("knowledge-conflict", *job[1:])
-    with pytest.raises(ValueError, match="has no tokenizer"): evaluate("ioi", "planted-induction", tmp_path/"cut", tmp_path/"other.json")
-    with pytest.raises(ValueError, match="no tests are known for weekdays"): known_tests("weekdays", load_model("weekdays")[1], 9, seeded())
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        evaluate("ioi", "planted-induction", tmp_path/"cut", tmp_path/"other.json")
+    with pytest.raises(ValueError, match="no tests are known for weekdays"):
+        known_tests("weekdays", load_model("weekdays")[1], 9, seeded())
     assert not (tmp_path/"other.json").exists()
 
 
 def test_command_line(tmp_path):
-    call = lambda *args: subprocess.run([sys.executable, "-m", "subspace_circuits.cli", "evaluate", *map(str, args)], capture_output=True, text=True)
+    call = lambda *args: subprocess.run([sys.executable, "-m", "subspace_circuits.cli", "evaluate", *map(str, args)],
+                                        capture_output=True, text=True)
     cut(64, 4, SITE).save_pretrained(tmp_path/"cut")
     job = ("ioi", "--partitions", tmp_path/"cut", "--out", tmp_path/"ioi.json", "--prompts", 20)
     done = call("ioi", *job, "--layers", "test1=0,test2=0,test3-pos=0,test3-S_name=0")
@@ -255,4 +299,5 @@ def test_command_line(tmp_path):
         refused = call("ioi", *job, *args, "--overwrite")
         assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
     wrong = call("carrier", *job)
-    assert wrong.returncode == 2 and "unknown suite 'carrier': use one of ioi, greater-than, knowledge-conflict, carriers, mutual-information" in wrong.stderr
+    assert wrong.returncode == 2
+    assert "unknown suite 'carrier': use one of ioi, greater-than, knowledge-conflict, carriers, mutual-information" in wrong.stderr

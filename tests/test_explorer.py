@@ -9,11 +9,14 @@ import torch
 
 from subspace_circuits.activations import capture
 from subspace_circuits.partition import Partition
-from subspace_circuits.preimages import Browser, Explorer, build_indexes, cell, chosen_rows, find_browser, open_run, render_page, start_server, static_page
+from subspace_circuits.preimages import build_indexes
+from subspace_circuits.bench.browser import Browser, find_browser
+from subspace_circuits.explorer import Explorer, cell, chosen_rows, open_run, render_page, start_server, static_page
 from subspace_circuits.toy_models import load_model
 
 mid, post = "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"
-browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine: the page is not driven in a browser")
+browser = pytest.mark.skipif(find_browser() is None,
+                             reason="no Chromium on this machine: the page is not driven in a browser")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,8 @@ def run(tmp_path_factory):
     store = capture(model, task, [mid, post], folder/"store", shards=2, sequences=32)
     for i, site in enumerate((mid, post)):
         basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(i)))[0]
-        Partition(dict(zip(("s0", "<b>s1</b>", "rest"), basis.split([20, 20, 24], 1))), site, store[site].mean(0)).save_pretrained(folder/"partitions"/f"x0.{site[-4:].strip('_')}")
+        Partition(dict(zip(("s0", "<b>s1</b>", "rest"), basis.split([20, 20, 24], 1))), site,
+                  store[site].mean(0)).save_pretrained(folder/"partitions"/f"x0.{site[-4:].strip('_')}")
     (folder/"config.json").write_text('{"model": "induction"}')
     return folder
 
@@ -70,7 +74,8 @@ def test_listens_here_only(server):
 
 
 def test_links_that_are_refused(server, explorer):
-    assert refusal(server, site="../../store").startswith("no site '../../store' here: use one of blocks.0.hook_resid_mid")
+    assert refusal(server,
+                   site="../../store").startswith("no site '../../store' here: use one of blocks.0.hook_resid_mid")
     assert refusal(server, subspace="s9") == "no subspace 's9' here: use one of s0, <b>s1</b>, rest"
     assert "'folder' is nothing a link can say" in refusal(server, folder="/etc")
     assert "is not served here" in refusal(server, "/../../config.json")
@@ -90,7 +95,8 @@ def test_texts(server):
     assert o["query"]["ids"] == [150, 5, 9, 3, 151, 5] and o["query"]["at"] == 5
     assert json.loads(ask(server, "/view", text="5 9 3 sep 5", at=2)[1])["query"]["at"] == 2
     assert "at '9': use a number from 0 to 5" in refusal(server, text="5 9 3 sep 5", at=9)
-    assert "the text has 301 tokens and this model takes 256: shorten it by 45" in refusal(server, text=" ".join(["5"]*300))
+    assert "the text has 301 tokens and this model takes 256: shorten it by 45" in refusal(server,
+                                                                                           text=" ".join(["5"]*300))
     assert "'hello' is no symbol" in refusal(server, text="hello")
 
 
@@ -104,7 +110,8 @@ def test_empty_result_shows_the_nearest(server):
 def test_find(server, explorer):
     first = json.loads(ask(server, "/find", text="53")[1])
     second = json.loads(ask(server, "/find", text="53", after=first["row"])[1])
-    assert explorer.columns["token"][[first["row"], second["row"]]].tolist() == [53, 53] and second["row"] > first["row"] and first["count"] == second["count"]
+    assert explorer.columns["token"][[first["row"], second["row"]]].tolist() == [53, 53]
+    assert second["row"] > first["row"] and first["count"] == second["count"]
     assert "stands nowhere in the store" in refusal(server, "/find", text="53 53")
 
 
@@ -150,7 +157,8 @@ def click(page, selector):
     settle(page, turn)
 
 
-def settle(page, turn): page.wait(f"Number(document.body.dataset.turn) > {turn} && document.body.getAttribute('aria-busy') === 'false'")
+def settle(page, turn):
+    page.wait(f"Number(document.body.dataset.turn) > {turn} && document.body.getAttribute('aria-busy') === 'false'")
 def text(page, selector): return page.run(f"document.querySelector({json.dumps(selector)}).textContent")
 def count(page, selector): return page.run(f"document.querySelectorAll({json.dumps(selector)}).length")
 
@@ -176,12 +184,14 @@ def test_in_a_browser(server, width):
 
         page.run("document.getElementById('text').value = '5 9 3 sep 5'")      # type a text
         click(page, "#run")
-        assert [page.run(f"document.querySelectorAll('#query .token')[{i}].textContent") for i in range(6)] == "bos 5 9 3 sep 5".split()
+        assert [page.run(f"document.querySelectorAll('#query .token')[{i}].textContent")
+                for i in range(6)] == "bos 5 9 3 sep 5".split()
         click(page, "#query .token:nth-child(3)")
         assert text(page, "#query .here") == "9"
 
         choose(page, "shading", "frozen")                                      # attribution
-        assert count(page, ".shaded .token[title^='+'], .shaded .token[title^='−']") > 20 and "completeness error" in text(page, ".explained")
+        assert count(page, ".shaded .token[title^='+'], .shaded .token[title^='−']") > 20
+        assert "completeness error" in text(page, ".explained")
         choose(page, "shading", "off")
         assert count(page, ".token[title]") == 0
         page.run("document.getElementById('search').value = '53'")
@@ -191,7 +201,8 @@ def test_in_a_browser(server, width):
 
         choose(page, "metric", "cosine")
         choose(page, "threshold", "1")                                         # nothing there
-        assert "No context has a cosine at least 1" in text(page, ".count") and count(page, ".side:first-child .context") == 3
+        assert "No context has a cosine at least 1" in text(page, ".count")
+        assert count(page, ".side:first-child .context") == 3
         view = page.run("document.getElementById('sides').innerHTML")          # the link reproduces the view
         link = page.run("location.href")
         page.open("about:blank")
@@ -219,7 +230,8 @@ def test_a_bad_link_says_so(server):
 def test_file_and_cell(explorer, tmp_path, width):
     queries = [300, "5 9 3 sep 5"]
     (tmp_path/"page.html").write_text(static_page(explorer, queries, n=4), encoding="utf-8")
-    (tmp_path/"cell.html").write_text("<!doctype html>" + cell(static_page(explorer, queries, n=4, mode="cell")), encoding="utf-8")
+    (tmp_path/"cell.html").write_text("<!doctype html>" + cell(static_page(explorer, queries, n=4, mode="cell")),
+                                      encoding="utf-8")
     with Browser(width) as page:
         page.open(f"file://{tmp_path}/page.html#site={post}&subspace=rest&row=300")
         page.wait("document.body.dataset.turn === '1'")
@@ -227,7 +239,8 @@ def test_file_and_cell(explorer, tmp_path, width):
         choose(page, "shading", "free")
         assert count(page, ".token[title]") > 4
         turn = int(page.run("document.body.dataset.turn"))
-        page.run("{ const o = document.getElementById('chosen'); o.selectedIndex = 1; o.dispatchEvent(new Event('change')); }")
+        page.run("{ const o = document.getElementById('chosen'); o.selectedIndex = 1; o.dispatchEvent(new "
+                 "Event('change')); }")
         settle(page, turn)
         assert text(page, "#query .here") == "5" and page.problems() == []
         fetched = [o["params"]["request"]["url"] for o in page.events if o.get("method") == "Network.requestWillBeSent"]
@@ -247,11 +260,12 @@ def test_tokens_are_text_in_a_browser(explorer, tmp_path):
     with Browser() as page:
         page.open(f"file://{tmp_path}/page.html")
         page.wait("document.body.dataset.turn === '1'")
-        assert count(page, "img") == 0 and "<img" in text(page, ".context .token") and "script" in page.run("document.title") and page.problems() == []
+        assert count(page, "img") == 0 and "<img" in text(page, ".context .token")
+        assert "script" in page.run("document.title") and page.problems() == []
 
 
 def test_page_needs_nothing_else(explorer):
-    from subspace_circuits.preimages import _about
+    from subspace_circuits.explorer import _about
     page = render_page(_about(explorer, "live"))
     assert "default-src 'none'" in page and "unsafe-eval" not in page and "src=" not in page.split("<script", 1)[0]
     assert chosen_rows(explorer, 3) == chosen_rows(explorer, 3)
@@ -270,7 +284,8 @@ def refused(*args):
 
 def test_command_writes_a_file(run, tmp_path):
     file = tmp_path/"page.html"
-    done = subprocess.run(command("explore", run, "--static", file, "--queries", 1, "--text", "5 9 3 sep 5"), capture_output=True, text=True)
+    done = subprocess.run(command("explore", run, "--static", file, "--queries", 1, "--text", "5 9 3 sep 5"),
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(f"{file}: 0."), done.stderr
     assert f"{file} exists: name another file, or pass --overwrite" in refused("explore", run, "--static", file)
     assert "holds no store/store.json" in refused("explore", tmp_path)
@@ -278,12 +293,14 @@ def test_command_writes_a_file(run, tmp_path):
 
 
 def test_command_serves_until_it_is_stopped(run):
-    process = subprocess.Popen(command("explore", run), stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background ignores it
+    process = subprocess.Popen(command("explore", run), stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background ignores it
     try:
         address = process.stdout.readline().split()[0]
         assert address.startswith("http://127.0.0.1:")
         with urlopen(address) as reply: assert "What does a subspace see?" in reply.read().decode()
-        assert f"port {address.rsplit(':', 1)[1]} cannot be used" in refused("explore", run, "--port", address.rsplit(":", 1)[1])
+        assert f"port {address.rsplit(':', 1)[1]} cannot be used" in refused("explore", run, "--port",
+                                                                             address.rsplit(":", 1)[1])
         process.send_signal(signal.SIGINT)
         assert process.wait(300) == 0
     finally: process.kill()
@@ -295,13 +312,17 @@ def test_command_replaces_an_index_of_another_partition(run, tmp_path):
     job = ("explore", copy, "--static", tmp_path/"page.html", "--queries", 1, "--overwrite")
     assert subprocess.run(command(*job), capture_output=True).returncode == 0
     old = Partition.from_pretrained(copy/"partitions"/"x0.mid")
-    Partition(dict(zip(old.names, old.basis.flip(1).split([20, 20, 24], 1))), old.site, old.mean).save_pretrained(copy/"partitions"/"x0.mid")
-    assert "x0.mid is an index of another partition: it was made from" in refused(*job[:-1], "--static", tmp_path/"other.html")
+    Partition(dict(zip(old.names, old.basis.flip(1).split([20, 20, 24], 1))), old.site,
+              old.mean).save_pretrained(copy/"partitions"/"x0.mid")
+    assert "x0.mid is an index of another partition: it was made from" in refused(*job[:-1], "--static",
+                                                                                  tmp_path/"other.html")
     assert subprocess.run(command(*job), capture_output=True).returncode == 0
 
 
 def test_benchmark(tmp_path):
-    done = subprocess.run(command("benchmark", "preimages", "--quick", "--json", tmp_path/"figures.json"), capture_output=True, text=True)
+    done = subprocess.run(command("benchmark", "preimages", "--quick", "--json", tmp_path/"figures.json"),
+                          capture_output=True, text=True)
     figures = json.loads((tmp_path/"figures.json").read_text())["figures"]
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(figures), done.stderr
-    assert all(o["held"] for o in figures if o["what"].startswith(("recall", "static"))) and sum(o["what"].startswith("query p50") for o in figures) == 4
+    assert all(o["held"] for o in figures if o["what"].startswith(("recall", "static")))
+    assert sum(o["what"].startswith("query p50") for o in figures) == 4

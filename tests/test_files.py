@@ -10,11 +10,13 @@ from subspace_circuits import cli, files, pipeline, report
 from subspace_circuits.activations import ActivationStore, moments
 from subspace_circuits.circuit_graph import read_circuit, save_circuit
 from subspace_circuits.circuits import keep_edges
-from subspace_circuits.evaluation import Patch, gini, interchange, known_tests
+from subspace_circuits.evaluation import Patch, interchange
+from subspace_circuits.suites import gini, known_tests
 from subspace_circuits.files import kind_of, owned, read_json, read_tensors, remove, write_json, write_tensors
-from subspace_circuits.known_circuits import plant
-from subspace_circuits.partition import Partition, closed_form
-from subspace_circuits.preimages import Index, build_indexes, search
+from subspace_circuits.circuit_families import plant
+from subspace_circuits.partition import Partition
+from subspace_circuits.closed_form import closed_form
+from subspace_circuits.preimages import Index, build_indexes, search_index
 from subspace_circuits.toy_models import UniqueCopy, new_model, train
 
 torch.set_num_threads(1)
@@ -74,7 +76,7 @@ def readings(run, job):
         out = []
         for o, p in zip(folders, cuts()):
             for index in (Index(run/"index"/o.name, k, store(), p) for k in p.names):
-                near = [search(index, index.rows[7], 9, metric) for metric in ("cosine", "euclidean")]
+                near = [search_index(index, index.rows[7], 9, metric) for metric in ("cosine", "euclidean")]
                 out += [index.info, index.rows, index.norms, near]
         return out
     return dict(resumed=resumed, index=found, rows=lambda: [store()[o] for o in sites],

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from subspace_circuits.known_circuits import FAMILIES, plant
+from subspace_circuits.circuit_families import FAMILIES, plant
 from subspace_circuits.partition import Partition
 from subspace_circuits.toy_models import accuracy
 

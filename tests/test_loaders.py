@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from subspace_circuits.activations import PieceTokenizer, Samples, batch_rows, capture, check_model, check_sites, fingerprint, generate, given, open_model
+from subspace_circuits.activations import batch_rows, capture, check_model, check_sites, fingerprint, given
+from subspace_circuits.models import PieceTokenizer, open_model
+from subspace_circuits.text import Samples, generate
 from subspace_circuits.toy_models import Batch, Tokenizer, UniqueCopy, accuracy, attention, load_model, save_model
 
 models = Path(__file__).resolve().parents[2]/"shared"/"models"
-needs_models = pytest.mark.skipif(not models.exists(), reason="models of others are not here: ../shared/models is absent")
+needs_models = pytest.mark.skipif(not models.exists(),
+                                  reason="models of others are not here: ../shared/models is absent")
 copying, stories, modular = models/"decompiling_transformers", models/"stories260K", models/"modular_addition_113"
 
 # accuracy at list lengths 0-50, 51-100, 101-150 as published, out of 2000; attention of the previous-token and of the induction head
@@ -31,7 +34,8 @@ def one_thread():
 
 
 class UniqueBigramCopy:
-    "`bos x sep x eos`: symbols of `x` repeat, its bigrams do not. Even: after 16 random symbols, the next is one whose own continuations are least used up."
+    """`bos x sep x eos`: symbols of `x` repeat, its bigrams do not. Even: after 16 random symbols, the next is one
+    whose own continuations are least used up."""
     name = "unique_bigram_copy"
 
     def __init__(self, even=True): self.tokenizer, self.even = Tokenizer(16), even
@@ -67,7 +71,8 @@ def task_of(name): return UniqueBigramCopy() if "bigram" in name else UniqueCopy
 def adds_up(model, tokens):
     _, cache = model.run_with_cache(tokens)
     def gap(i):
-        pre, attn, mid, mlp, post = (cache[f"blocks.{i}.hook_{o}"] for o in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"))
+        pre, attn, mid, mlp, post = (cache[f"blocks.{i}.hook_{o}"]
+                                     for o in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"))
         return max((pre + attn - mid).abs().max().item(), (mid + mlp - post).abs().max().item())
     return max(gap(i) for i in range(model.cfg.n_layers))
 
@@ -90,9 +95,11 @@ def test_copying_models_have_the_heads_that_were_measured(name):
     task = UniqueBigramCopy(even=False) if "bigram" in name else task_of(name)
     pattern = attention(model, task.sample(200, (30, 30), torch.Generator().manual_seed(0)))
     previous = pattern.diagonal(-1, 3, 4)[..., :30].mean((2, 3)) # from each of the list to the one before it
-    induction = pattern[..., 31:61, 1:31].diagonal(0, 3, 4).mean((2, 3)) # from each answer's question to where the answer stands
+    # from each answer's question to where the answer stands
+    induction = pattern[..., 31:61, 1:31].diagonal(0, 3, 4).mean((2, 3))
     for scores, (head, share) in zip((previous, induction), published[name][1:]):
-        assert abs(scores[int(head[1]), int(head[3])] - share) < .02 and scores[int(head[1]), int(head[3])] == scores.max(), (head, scores)
+        assert abs(scores[int(head[1]), int(head[3])]
+                   - share) < .02 and scores[int(head[1]), int(head[3])] == scores.max(), (head, scores)
 
 
 @needs_models
@@ -111,7 +118,8 @@ def test_copying_models_compute_what_transformers_computes(name):
 
 @needs_models
 def test_every_tool_takes_every_family(tmp_path):
-    families = {copying/"unique_copy-@2l1h64d3lr01drop": {}, stories: {}, modular: dict(act_fn="relu", normalization_type=None)}
+    families = {copying/"unique_copy-@2l1h64d3lr01drop": {}, stories: {},
+                modular: dict(act_fn="relu", normalization_type=None)}
     prints = set()
     for source, config in families.items():
         model, _ = open_model(source, **config)
@@ -124,7 +132,8 @@ def test_every_tool_takes_every_family(tmp_path):
         pattern = attention(model, given(tokens))
         assert pattern.shape == (model.cfg.n_layers, model.cfg.n_heads, 4, 3, 3)
         torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
-        store = capture(model, Samples(model, 1), sites, tmp_path/model.cfg.architecture/str(model.cfg.n_layers), shards=1, sequences=4, lengths=(3, 3))
+        store = capture(model, Samples(model, 1), sites, tmp_path/model.cfg.architecture/str(model.cfg.n_layers),
+                        shards=1, sequences=4, lengths=(3, 3))
         check_model(store, open_model(source, **config)[0])
         assert not model.training and not any(o.requires_grad for o in model.parameters())
         prints.add(fingerprint(model))
@@ -142,17 +151,22 @@ def llama_forward(file, tokens):
         nonlocal x
         out, x = x[:math.prod(shape)].view(shape), x[math.prod(shape):]
         return out
-    embed, rms_att, wq, wk, wv, wo = take(v, d), take(n, d), take(n, d, d), take(n, d*k//h, d), take(n, d*k//h, d), take(n, d, d)
-    rms_ffn, w1, w2, w3, rms_final, cos, sin = take(n, d), take(n, m, d), take(n, d, m), take(n, m, d), take(d), take(t, d//h//2), take(t, d//h//2)
+    embed, rms_att, wq, wk, wv, wo = take(v, d), take(n, d), take(n, d, d), take(n, d*k//h, d), take(n, d*k//h,
+                                                                                                     d), take(n, d, d)
+    rms_ffn, w1, w2, w3, rms_final, cos, sin = take(n, d), take(n, m, d), take(n, d, m), take(n, m,
+                                                                                              d), take(d), take(t, d//h//2), take(t, d//h//2)
     assert len(x) == 0
     turn = torch.complex(cos, sin)[:tokens.shape[1]]
-    def rotate(y): return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous())*turn).flatten(-2)
+    def rotate(y):
+        return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2)).contiguous())*turn).flatten(-2)
     def norm(y, gain): return y/(y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()*gain
     stream, future = embed[tokens], torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()
     for i in range(n):
         y = norm(stream, rms_att[i])
         q, key, val = ((y@w[i].T).split(d//h, -1) for w in (wq, wk, wv))
-        heads = [(rotate(q[j])@rotate(key[j*k//h]).mT/(d//h)**.5).masked_fill(future, -torch.inf).softmax(-1)@val[j*k//h] for j in range(h)]
+        heads = [(rotate(q[j])@rotate(key[j*k//h]).mT/(d//h)**.5).masked_fill(future,
+                                                                              -torch.inf).softmax(-1)@val[j*k//h]
+                                                                              for j in range(h)]
         stream = stream + torch.cat(heads, -1)@wo[i].T
         y = norm(stream, rms_ffn[i])
         stream = stream + (F.silu(y@w1[i].T)*(y@w3[i].T))@w2[i].T
@@ -161,7 +175,8 @@ def llama_forward(file, tokens):
 
 def texts():
     "The five stories of the sample."
-    return [o.strip() for o in (stories/"tinystories_sample.txt").read_text(encoding="utf-8").split("<|endoftext|>") if o.strip()]
+    return [o.strip() for o in (stories/"tinystories_sample.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+            if o.strip()]
 
 
 def previous_token(model, tokens):
@@ -174,20 +189,24 @@ def previous_token(model, tokens):
 @needs_models
 def test_stories_loss():
     model, pieces = open_model(stories)
-    assert len(pieces) == 512 and sum(o.numel() for k, o in model.original_model.named_parameters() if not k.endswith("bias")) == 260_032
+    assert len(pieces) == 512
+    assert sum(o.numel() for k, o in model.original_model.named_parameters() if not k.endswith("bias")) == 260_032
     ids = [torch.tensor([pieces.encode(o)]) for o in texts()]
     assert [pieces.decode(o[0]) for o in ids] == texts()
     losses = torch.cat([F.cross_entropy(model(o)[0, :-1], o[0, 1:], reduction="none") for o in ids])
     assert len(losses) == 1804 and abs(losses.mean().item() - 1.266) < .001
-    for o in ids[:2]: assert (model(o) - llama_forward(stories/"stories260K.bin", o)).abs().max() < 1e-3 and adds_up(model, o) < 1e-4
+    for o in ids[:2]:
+        assert (model(o) - llama_forward(stories/"stories260K.bin", o)).abs().max() < 1e-3 and adds_up(model, o) < 1e-4
 
 
 @needs_models
 def test_stories_pieces_are_merged_as_defined():
     t = PieceTokenizer(stories/"tok512.bin")
     for text in [*texts(), "", " ", "naïve ✓\n\n  two  spaces", "<s>"]:
-        ids = [i for o in (f" {text}" if text else "") for i in ([t.ids[o.encode()]] if o.encode() in t.ids else [b + 3 for b in o.encode()])]
-        while unions := [(-t.scores[t.ids[o]], i, t.ids[o]) for i in range(len(ids) - 1) if (o := t.pieces[ids[i]] + t.pieces[ids[i + 1]]) in t.ids]:
+        ids = [i for o in (f" {text}" if text else "")
+               for i in ([t.ids[o.encode()]] if o.encode() in t.ids else [b + 3 for b in o.encode()])]
+        while unions := [(-t.scores[t.ids[o]], i, t.ids[o]) for i in range(len(ids) - 1)
+                         if (o := t.pieces[ids[i]] + t.pieces[ids[i + 1]]) in t.ids]:
             _, i, new = min(unions)
             ids[i:i + 2] = [new]
         assert t.encode(text) == [1, *ids] and t.decode(t.encode(text)) == text
@@ -203,7 +222,8 @@ def test_stories_heads():
     for head, share in {"L3H6": .75, "L1H3": .63, "L1H6": .52}.items(): assert abs(scores[head] - share) < .02, scores
     pattern = attention(model, given(twice))
     assert pattern.diagonal(-49, 3, 4)[..., 2:].mean((2, 3)).max() < .15 # no induction head
-    assert .55 < previous_token(model, [torch.tensor([pieces.encode(o)]) for o in texts()])["L3H6"] < .68 # on stories it attends less
+    # on stories it attends less
+    assert .55 < previous_token(model, [torch.tensor([pieces.encode(o)]) for o in texts()])["L3H6"] < .68
 
 
 @needs_models
@@ -212,7 +232,8 @@ def test_stories_own_text():
     text = generate(model, pieces.bos, 64, 128, torch.Generator().manual_seed(0))
     assert text.equal(generate(model, pieces.bos, 64, 128, torch.Generator().manual_seed(0)))
     logits = model(text)[:, :-1]
-    surprise, expected = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), torch.distributions.Categorical(logits=logits).entropy().mean()
+    surprise, expected = F.cross_entropy(logits.flatten(0, 1),
+                                         text[:, 1:].flatten()), torch.distributions.Categorical(logits=logits).entropy().mean()
     assert abs(surprise - expected) < .06 and 1.1 < surprise < 1.5
     assert "Once upon a time" in pieces.decode(text.flatten())
 
@@ -226,11 +247,13 @@ def test_modular_addition():
     x, y = torch.cartesian_prod(torch.arange(113), torch.arange(113)).T
     tokens, answer = torch.stack([x, y, torch.full_like(x, 113)], 1), (x + y) % 113
     logits = model(tokens)
-    assert logits.shape == (12769, 3, 113) and (logits[:, -1].argmax(-1) == answer).all() and adds_up(model, tokens) < 1e-4
+    assert logits.shape == (12769, 3, 113) and (logits[:, -1].argmax(-1) == answer).all()
+    assert adds_up(model, tokens) < 1e-4
     assert abs(F.cross_entropy(logits[:, -1].double(), answer).item()/1.5852e-7 - 1) < .001
     s = {k: v.double() for k, v in load_file(modular/"model.safetensors").items()}
     h = s["embed.W_E"][tokens] + s["pos_embed.W_pos"]
-    q, k, v = (torch.einsum("bpd,hde->bhpe", h, s[f"blocks.0.attn.W_{o}"]) + s[f"blocks.0.attn.b_{o}"][:, None] for o in "QKV")
+    q, k, v = (torch.einsum("bpd,hde->bhpe", h, s[f"blocks.0.attn.W_{o}"]) + s[f"blocks.0.attn.b_{o}"][:, None]
+               for o in "QKV")
     pattern = (q@k.mT/32**.5).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf).softmax(-1)
     h = h + torch.einsum("bhpe,hed->bpd", pattern@v, s["blocks.0.attn.W_O"]) + s["blocks.0.attn.b_O"]
     h = h + (h@s["blocks.0.mlp.W_in"] + s["blocks.0.mlp.b_in"]).relu()@s["blocks.0.mlp.W_out"] + s["blocks.0.mlp.b_out"]
@@ -248,17 +271,21 @@ def test_modular_addition():
 def gpt(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=14, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=10, eos_token_id=12, pad_token_id=13)).save_pretrained(tmp_path/"gpt")
+    GPT2LMHeadModel(GPT2Config(vocab_size=14, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=10,
+                               eos_token_id=12, pad_token_id=13)).save_pretrained(tmp_path/"gpt")
     return tmp_path/"gpt"
 
 
 @pytest.fixture
 def state():
     g = torch.Generator().manual_seed(0)
-    shapes = {"embed.W_E": (7, 16), "pos_embed.W_pos": (5, 16), "unembed.W_U": (16, 6), "unembed.b_U": (6,), "ln_final.w": (16,), "ln_final.b": (16,)}
+    shapes = {"embed.W_E": (7, 16), "pos_embed.W_pos": (5, 16), "unembed.W_U": (16, 6), "unembed.b_U": (6,),
+              "ln_final.w": (16,), "ln_final.b": (16,)}
     for i in range(2):
-        shapes |= {f"blocks.{i}.attn.W_{o}": (2, 16, 8) for o in "QKV"} | {f"blocks.{i}.attn.b_{o}": (2, 8) for o in "QKV"}
-        shapes |= {f"blocks.{i}.{k}": v for k, v in {"attn.W_O": (2, 8, 16), "attn.b_O": (16,), "ln1.w": (16,), "ln1.b": (16,), "ln2.w": (16,), "ln2.b": (16,),
+        shapes |= ({f"blocks.{i}.attn.W_{o}": (2, 16, 8) for o in "QKV"}
+                   | {f"blocks.{i}.attn.b_{o}": (2, 8) for o in "QKV"})
+        shapes |= {f"blocks.{i}.{k}": v for k, v in {"attn.W_O": (2, 8, 16), "attn.b_O": (16,), "ln1.w": (16,),
+                                                     "ln1.b": (16,), "ln2.w": (16,), "ln2.b": (16,),
                    "mlp.W_in": (16, 24), "mlp.b_in": (24,), "mlp.W_out": (24, 16), "mlp.b_out": (16,)}.items()}
     return {k: torch.randn(v, generator=g) for k, v in shapes.items()}
 
@@ -283,7 +310,8 @@ def test_a_folder_brings_its_tokenizer(gpt):
     assert open_model(gpt)[1].vocab == Tokenizer(10).vocab and open_model(gpt)[0].tokenizer is None
     fast = Fast(kinds.WordLevel({o: i for i, o in enumerate("abcdefghijklmn")}, unk_token="n"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="k", eos_token="m", pad_token="n", unk_token="n").save_pretrained(gpt)
+    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="k", eos_token="m", pad_token="n",
+                            unk_token="n").save_pretrained(gpt)
     model, tokenizer = open_model(gpt)
     assert tokenizer.encode("c a b", add_special_tokens=False) == [2, 0, 1]
     assert model(torch.tensor([[2, 0, 1]])).equal(model("c a b", prepend_bos=False))
@@ -296,7 +324,8 @@ def test_state_dict_with_layer_norm(tmp_path, state):
     def norm(x, name): return F.layer_norm(x, (16,), state[f"{name}.w"], state[f"{name}.b"])
     for i in range(2):
         s = {k.removeprefix(f"blocks.{i}."): v for k, v in state.items()}
-        q, k, v = (torch.einsum("bpd,hde->bhpe", norm(x, f"blocks.{i}.ln1"), s[f"attn.W_{o}"]) + s[f"attn.b_{o}"][:, None] for o in "QKV")
+        q, k, v = (torch.einsum("bpd,hde->bhpe", norm(x, f"blocks.{i}.ln1"), s[f"attn.W_{o}"])
+                   + s[f"attn.b_{o}"][:, None] for o in "QKV")
         pattern = (q@k.mT/8**.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1)
         x = x + torch.einsum("bhpe,hed->bpd", pattern@v, s["attn.W_O"]) + s["attn.b_O"]
         x = x + F.gelu(norm(x, f"blocks.{i}.ln2")@s["mlp.W_in"] + s["mlp.b_in"])@s["mlp.W_out"] + s["mlp.b_out"]
@@ -362,10 +391,12 @@ def test_damaged_files(tmp_path, gpt, state):
 
 
 def test_damaged_llama(tmp_path):
-    for name, data in dict(empty=b"", short=b"\0"*20, zeros=b"\0"*400, magic=struct.pack("<7i", 0x616b3432, 1, 64, 172, 5, 8, 4) + b"\0"*400).items():
+    for name, data in dict(empty=b"", short=b"\0"*20, zeros=b"\0"*400,
+                           magic=struct.pack("<7i", 0x616b3432, 1, 64, 172, 5, 8, 4) + b"\0"*400).items():
         (tmp_path/f"{name}.bin").write_bytes(data)
         assert "has no llama2.c header" in refused(tmp_path/f"{name}.bin") or "its header asks for" in refused(tmp_path/f"{name}.bin")
-    for data in (b"", b"\5\0\0\0" + struct.pack("<fi", 0., 9) + b"abc", b"\5\0\0\0" + struct.pack("<fi", 0., -1), b"\5\0\0\0" + struct.pack("<fi", 0., 1) + b"a"):
+    for data in (b"", b"\5\0\0\0" + struct.pack("<fi", 0., 9) + b"abc", b"\5\0\0\0" + struct.pack("<fi", 0., -1),
+                 b"\5\0\0\0" + struct.pack("<fi", 0., 1) + b"a"):
         (tmp_path/"tok.bin").write_bytes(data)
         with pytest.raises(ValueError, match="tok.bin is no llama2.c tokenizer"): PieceTokenizer(tmp_path/"tok.bin")
 
@@ -373,5 +404,6 @@ def test_damaged_llama(tmp_path):
 def test_names_that_are_nothing(tmp_path):
     for name in ("inductoin", str(tmp_path/"nothing"), "a b"):
         said = refused(name)
-        assert f"unknown model {name!r}: use one of " in said and "a folder or weight file that exists, or a hub id, which needs a network" in said
+        assert f"unknown model {name!r}: use one of " in said
+        assert "a folder or weight file that exists, or a hub id, which needs a network" in said
     assert "holds no weight file" in refused(tmp_path)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspace_circuits.neighbors import distance_correlation, mutual_information, mutual_information_matrix, nearest, nearest_neighbors
+from subspace_circuits.neighbors import (
+    distance_correlation, mutual_information, mutual_information_matrix, nearest, nearest_neighbors)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,8 @@ def rows(kind, n, d, seed):
     g = seeded(seed)
     x, symbol = torch.randn(n, d, generator=g), torch.randint(7, (n,), generator=g)
     codes = torch.randn(7, d, generator=g)[symbol]
-    return {"noise": x, "integers": x.mul(2).round(), "symbols": codes, "near symbols": codes + 1e-5*x, "far away": codes + 1e-3*x + 5000,
+    return {"noise": x, "integers": x.mul(2).round(), "symbols": codes, "near symbols": codes + 1e-5*x,
+            "far away": codes + 1e-3*x + 5000,
             "one outlier": torch.cat([x[:-1]*.001, 1e5*x[-1:]]), "half": x.half()}[kind]
 
 
@@ -111,20 +113,24 @@ def test_three_processes_one_of_them_empty_give_the_answer_of_one(tmp_path):
     x, group, place = rows("integers", 720, 9, 3) + .5, torch.arange(720)//60, torch.arange(720) % 60
     save_file({"x": x, "group": group, "place": place}, tmp_path/"rows.safetensors")
     (tmp_path/"search.py").write_text(program)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", tmp_path/"search.py", tmp_path/"rows.safetensors", tmp_path],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
+                           tmp_path/"search.py", tmp_path/"rows.safetensors", tmp_path],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     q, k = x.split([120, 600])
     own, near = group[:120, None] == group[120:], (place[:120, None] - place[120:]).abs() <= 3
-    true = {"plain": table(q, k, [4, 5], 1), "many": table(q, k, [4, 5], 60), "own": table(q, k, [4, 5], 4, own), "window": table(q, k, [4, 5], 4, own & near),
+    true = {"plain": table(q, k, [4, 5], 1), "many": table(q, k, [4, 5], 60), "own": table(q, k, [4, 5], 4, own),
+            "window": table(q, k, [4, 5], 4, own & near),
             "cosine": nearest_neighbors(q, k, [4, 5], 3, "cosine")[:2]}
     for rank in range(3):
         found = load_file(tmp_path/f"{rank}.safetensors")
         for name, (distance, index) in true.items():
-            assert torch.equal(found[name + ".distance"], distance) and torch.equal(found[name + ".index"], index), (rank, name)
+            assert torch.equal(found[name + ".distance"], distance) and torch.equal(found[name + ".index"],
+                                                                                    index), (rank, name)
         torch.testing.assert_close(found["faiss.distance"], table(q, k, [4, 5], 50)[0], atol=2e-3, rtol=0)
         nan, other, many = (tmp_path/f"{rank}.txt").read_text().split("\n")
-        assert nan == ("1 of 564 keys are not finite: remove them first" if rank == 2 else "process 2 refused its part: see its own message")
+        assert nan == ("1 of 564 keys are not finite: remove them first" if rank == 2
+                       else "process 2 refused its part: see its own message")
         assert other == "process 1 has other queries than process 0: pass the same to every process"
         assert many == "5000 neighbours among 600 keys: use 1 to 600"
 
@@ -136,7 +142,8 @@ def test_information_is_symmetric_and_blind_to_rotation_scale_and_shift(seed, k)
     x = torch.randn(500, 4, generator=g)
     y = torch.cat([x[:, :2] + .2*torch.randn(500, 2, generator=g), torch.randn(500, 1, generator=g)], 1)
     z = torch.randint(5, (500, 1), generator=g).float()
-    turned = [5*x@torch.linalg.qr(torch.randn(4, 4, generator=g))[0] + 2, .1*y@torch.linalg.qr(torch.randn(3, 3, generator=g))[0], 7*z - 3]
+    turned = [5*x@torch.linalg.qr(torch.randn(4, 4, generator=g))[0] + 2,
+              .1*y@torch.linalg.qr(torch.randn(3, 3, generator=g))[0], 7*z - 3]
     nats = mutual_information_matrix([x, y, z], seeded(0), k=k).nats
     assert torch.equal(nats, nats.T) and nats.diagonal().abs().max() == 0 and nats[0, 1] > 1
     torch.testing.assert_close(nats, mutual_information_matrix(turned, seeded(0), k=k).nats, atol=.005, rtol=0)
@@ -149,7 +156,8 @@ def test_p_values_are_small_for_dependence_only():
     g = seeded(5)
     x, y = torch.randn(2, 300, 2, generator=g)
     mi = mutual_information_matrix([x, x + .5*y, torch.randn(300, 2, generator=g)], g, draws=19, k=3)
-    assert mi.p()[0, 1] == .05 and mi.p(family=False)[0, 1] == .05 and mi.p()[1, 2] > .05 and (mi.p() >= mi.p(family=False)).all()
+    assert mi.p()[0, 1] == .05 and mi.p(family=False)[0, 1] == .05 and mi.p()[1, 2] > .05
+    assert (mi.p() >= mi.p(family=False)).all()
     assert distance_correlation(x, x + .5*y, g, 99)[1] == .01
 
 

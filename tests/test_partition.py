@@ -10,8 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
 from subspace_circuits import partition
-from subspace_circuits.partition import (Partition, baseline_partition, block_entropy, check_activations, compare, distinct_rows, group_components,
-                                         read_published, stability)
+from subspace_circuits.partition import Partition, check_activations, compare, distinct_rows, read_published
+from subspace_circuits.dependence import block_entropy
+from subspace_circuits.stability import baseline_partition, group_components, stability
 
 published = Path(__file__).resolve().parents[2]/"shared"/"published"/"ndm_gpt2"
 key = "R.parametrizations.weight.0.base"
@@ -54,7 +55,8 @@ def test_same_partition_same_bytes(tmp_path):
 
 def test_folders_of_the_first_version_are_read(tmp_path):
     R = rotation(5)
-    save_file({"mean": torch.ones(5), "basis.a": R[:, :2].contiguous(), "basis.rest": R[:, 2:].contiguous()}, tmp_path/"partition.safetensors")
+    save_file({"mean": torch.ones(5), "basis.a": R[:, :2].contiguous(), "basis.rest": R[:, 2:].contiguous()},
+              tmp_path/"partition.safetensors")
     (tmp_path/"partition.json").write_text(json.dumps(dict(site="site", names=["a", "rest"], info=dict(seed=3))))
     p = Partition.from_pretrained(tmp_path)
     assert (p.sizes, p.info, p.mean.sum()) == ({"a": 2, "rest": 3}, {"seed": 3}, 5) and p.basis.equal(R)
@@ -69,7 +71,8 @@ def test_an_interrupted_save_leaves_nothing_that_opens(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file, content, said", [
-    ("partition.json", "{", "is no JSON"), ("partition.json", "[]", "names no site and no subspaces"), ("partition.json", '{"site": "x"}', "names no site and no subspaces"),
+    ("partition.json", "{", "is no JSON"), ("partition.json", "[]", "names no site and no subspaces"),
+    ("partition.json", '{"site": "x"}', "names no site and no subspaces"),
     ("partition.json", '{"format": 9, "site": "site", "names": []}', "has format 9, this version reads format 1"),
     ("partition.json", '{"site": "site", "names": ["s0", "other"]}', "lacks basis.other"),
     ("partition.safetensors", "half", "is no whole safetensors file")])
@@ -97,7 +100,8 @@ def test_places_that_are_no_folder(tmp_path):
 def test_the_hub_without_a_network(monkeypatch):
     def offline(*_, **__): raise FileNotFoundError("cannot locate\nthe files on the hub")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with refused("no partition 'owner/name'", "a hub id, which needs a network", "cannot locate"): Partition.from_pretrained("owner/name")
+    with refused("no partition 'owner/name'", "a hub id, which needs a network", "cannot locate"):
+        Partition.from_pretrained("owner/name")
     for error in HfHubHTTPError.__bases__:
         def fails(*_, **__): raise error("no route\nto host")
         monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fails)
@@ -114,7 +118,9 @@ class Runs:
 
 def write(folder, state, sizes=(2, 3), name="R-toy-x0.mid.pt", **kwargs):
     torch.save(state, folder/name, **kwargs)
-    if sizes is not None: (folder/name.replace("R-", "R_config-").replace(".pt", ".json")).write_text(json.dumps({"partition": list(sizes)}))
+    if sizes is not None:
+        (folder/name.replace("R-", "R_config-").replace(".pt",
+                                                        ".json")).write_text(json.dumps({"partition": list(sizes)}))
     return folder/name
 
 
@@ -126,9 +132,13 @@ def test_code_in_a_published_file_does_not_run(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("state, said", [
-    (torch.eye(5), "holds Tensor"), ([torch.eye(5)], "holds list"), ({}, "alone"), ({key: torch.eye(5), "R.parametrizations.weight.original": torch.zeros(5, 5)}, "original, a published file holds"),
-    ({"weight": torch.eye(5)}, "holds weight, a published file holds"), ({key: torch.eye(5)[:4]}, "shape (4, 5), a square matrix"), ({key: torch.eye(5).long()}, "torch.int64"),
-    ({key: [1.]}, "holds list"), ({key: torch.full((5, 5), torch.nan)}, "25 entries of R-toy-x0.mid.pt are not finite"), ({key: torch.ones(5, 5)}, "orthogonal only to 5.0e+00"),
+    (torch.eye(5), "holds Tensor"), ([torch.eye(5)], "holds list"), ({}, "alone"),
+    ({key: torch.eye(5), "R.parametrizations.weight.original": torch.zeros(5, 5)}, "original, a published file holds"),
+    ({"weight": torch.eye(5)}, "holds weight, a published file holds"),
+    ({key: torch.eye(5)[:4]}, "shape (4, 5), a square matrix"), ({key: torch.eye(5).long()}, "torch.int64"),
+    ({key: [1.]}, "holds list"), ({key: torch.full((5, 5), torch.nan)},
+                                  "25 entries of R-toy-x0.mid.pt are not finite"),
+                                  ({key: torch.ones(5, 5)}, "orthogonal only to 5.0e+00"),
     ({key: torch.randn(5, 5, generator=seeded())}, "it is no rotation")])
 def test_files_of_another_content(tmp_path, state, said):
     with refused(said): read_published(write(tmp_path, state))
@@ -141,7 +151,9 @@ def test_files_that_are_not_whole(tmp_path, content):
     with refused("was not opened"): read_published(file)
 
 
-@pytest.mark.parametrize("sizes, said", [((2, 2), "add up to 4, R-toy-x0.mid.pt is 5 wide"), ((6, -1), "positive integers"), ((2.5, 2.5), "positive integers"), (("2", "3"), "positive integers")])
+@pytest.mark.parametrize("sizes, said", [((2, 2), "add up to 4, R-toy-x0.mid.pt is 5 wide"),
+                                         ((6, -1), "positive integers"), ((2.5, 2.5), "positive integers"),
+                                         (("2", "3"), "positive integers")])
 def test_sizes_that_do_not_fit(tmp_path, sizes, said):
     with refused(said): read_published(write(tmp_path, {key: rotation(5)}, sizes))
 
@@ -149,7 +161,8 @@ def test_sizes_that_do_not_fit(tmp_path, sizes, said):
 @pytest.mark.parametrize("config", ["{", "[5]", '{"sizes": [5]}'])
 def test_configs_of_another_content(tmp_path, config):
     (tmp_path/"c.json").write_text(config)
-    with refused('is not {"partition": [sizes]}'): read_published(write(tmp_path, {key: rotation(5)}), tmp_path/"c.json")
+    with refused('is not {"partition": [sizes]}'):
+        read_published(write(tmp_path, {key: rotation(5)}), tmp_path/"c.json")
 
 
 def test_folders_and_names(tmp_path):
@@ -158,7 +171,8 @@ def test_folders_and_names(tmp_path):
     file = write(tmp_path, {key: rotation(5)}, name="R-gpt2-small-m11.pt")
     p = read_published(tmp_path)
     assert (p.site, p.info["model"], p.sizes) == ("blocks.11.hook_mlp_out", "gpt2-small", {"s0": 2, "s1": 3})
-    assert read_published(write(tmp_path, {key: rotation(5).double()}, name="R-x-a4.1.pt")).site == "blocks.4.attn.hook_result.1"
+    assert read_published(write(tmp_path, {key: rotation(5).double()},
+                                name="R-x-a4.1.pt")).site == "blocks.4.attn.hook_result.1"
     with refused("holds 2 matrices (R-gpt2-small-m11.pt, R-x-a4.1.pt)"): read_published(tmp_path)
     with refused("names no site"): read_published(write(tmp_path, {key: rotation(5)}, name="R-x4.pt"))
     (tmp_path/"R_config-gpt2-small-m11.json").unlink()
@@ -188,7 +202,8 @@ def test_comparison_knows_no_order_and_no_axes(seed):
     order = torch.randperm(4, generator=seeded(seed)).tolist()
     a, b = cut(R, sizes), Partition({f"t{i}": blocks[i] for i in order}, "site")
     c = compare(a, b)
-    assert all(o["b"] == "t" + o["a"][1:] and o["overlap"] > 1 - 1e-5 and o["angle"] < .05 for o in c.pairs) and abs(c.mean - 1) < 1e-5
+    assert all(o["b"] == "t" + o["a"][1:] and o["overlap"] > 1 - 1e-5 and o["angle"] < .05 for o in c.pairs)
+    assert abs(c.mean - 1) < 1e-5
 
 
 @pytest.mark.parametrize("degrees", [.5, 5, 45, 80])
@@ -208,7 +223,8 @@ def test_comparison_is_symmetric_and_counts_the_unmatched():
 
 
 def test_partitions_of_other_places_are_not_compared():
-    with refused("of here, 4 wide", "of there, 4 wide"): compare(cut(rotation(4), [4], "here"), cut(rotation(4), [4], "there"))
+    with refused("of here, 4 wide", "of there, 4 wide"):
+        compare(cut(rotation(4), [4], "here"), cut(rotation(4), [4], "there"))
     with refused("4 wide", "5 wide"): compare(cut(rotation(4), [4]), cut(rotation(5), [5]))
 
 
@@ -220,7 +236,8 @@ def test_baselines_are_orthogonal_and_repeat(kind, dtype):
     h = torch.randn(200, 8, generator=seeded()).pow(3)
     h[:, 7] = 1 # a direction in which nothing varies
     p, q = (baseline_partition(h.to(dtype), "site", [3, 3, 2], kind, seed=2) for _ in range(2))
-    assert (p.basis.T@p.basis - torch.eye(8)).abs().max() < 1e-5 and p.basis.equal(q.basis) and list(p.sizes.values()) == [3, 3, 2]
+    assert (p.basis.T@p.basis - torch.eye(8)).abs().max() < 1e-5 and p.basis.equal(q.basis)
+    assert list(p.sizes.values()) == [3, 3, 2]
 
 
 def test_principal_components_come_in_order():
@@ -230,7 +247,8 @@ def test_principal_components_come_in_order():
     assert [v.abs().argmax().item() for v in up.bases.values()] == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("sizes, said", [([3, 3], "add up to 6, site has 8 dimensions"), ([9, -1], "positive sizes"), ([8, 0], "positive sizes")])
+@pytest.mark.parametrize("sizes, said", [([3, 3], "add up to 6, site has 8 dimensions"), ([9, -1], "positive sizes"),
+                                         ([8, 0], "positive sizes")])
 def test_baseline_sizes(sizes, said):
     with refused(said): baseline_partition(torch.randn(50, 8, generator=seeded()), "site", sizes, "identity")
 
@@ -255,10 +273,15 @@ def test_groups_of_components(seed):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda h: h.numpy(), "pass a float tensor"), (lambda h: h.int(), "torch.int32: pass a float tensor"), (lambda h: h.to(torch.complex64), "pass a float tensor"), (lambda h: h.flatten(), "have shape (800,)"),
-    (lambda h: h[:7], "7 activations of site are fewer than its 8 dimensions"), (lambda h: h[:0], "0 activations"), (lambda h: h*0 + 3, "all 100 activations of site are equal"),
-    (lambda h: (h*1e6).half(), "are not finite"), (lambda h: h.where(torch.arange(100)[:, None] != 41, -torch.inf), "1 of 100 activations of site are not finite, the first is row 41")])
-@pytest.mark.parametrize("use", [check_activations, lambda h, site: baseline_partition(h, site, [4, 4], "random"), lambda h, site: stability(h, site, None)])
+    (lambda h: h.numpy(), "pass a float tensor"), (lambda h: h.int(), "torch.int32: pass a float tensor"),
+    (lambda h: h.to(torch.complex64), "pass a float tensor"), (lambda h: h.flatten(), "have shape (800,)"),
+    (lambda h: h[:7], "7 activations of site are fewer than its 8 dimensions"), (lambda h: h[:0], "0 activations"),
+    (lambda h: h*0 + 3, "all 100 activations of site are equal"),
+    (lambda h: (h*1e6).half(), "are not finite"),
+    (lambda h: h.where(torch.arange(100)[:, None] != 41, -torch.inf),
+     "1 of 100 activations of site are not finite, the first is row 41")])
+@pytest.mark.parametrize("use", [check_activations, lambda h, site: baseline_partition(h, site, [4, 4], "random"),
+                                 lambda h, site: stability(h, site, None)])
 def test_activations_that_are_refused(change, said, use):
     with refused(said): use(change(torch.randn(100, 8, generator=seeded())), "site")
 
@@ -266,7 +289,8 @@ def test_activations_that_are_refused(change, said, use):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_distinct_rows_are_counted(dtype):
     h = torch.randint(0, 3, (40_000, 5), generator=seeded()).to(dtype)
-    assert distinct_rows(h) == len(h.float().unique(dim=0)) and check_activations(h, "site") == dict(rows=40_000, distinct=243)
+    assert distinct_rows(h) == len(h.float().unique(dim=0))
+    assert check_activations(h, "site") == dict(rows=40_000, distinct=243)
 
 
 # stability
@@ -276,10 +300,12 @@ def test_entropy_of_gaussian_rows_is_known():
     h, R = torch.randn(1500, 10, generator=seeded())*scale, rotation(10)
     noise = (.05**2*(scale**2).mean())
     known = ((scale**2 + noise).log().sum() + 10*math.log(2*math.pi*math.e)).item()/2
-    for sizes in ([10], [5, 5], [1]*10, [9, 1]): assert abs(block_entropy(cut(torch.eye(10), sizes), h) - known) < .5, sizes
+    for sizes in ([10], [5, 5], [1]*10, [9, 1]):
+        assert abs(block_entropy(cut(torch.eye(10), sizes), h) - known) < .5, sizes
     assert block_entropy(cut(R, [5, 5]), h) > known + .5 # axes of a correlated pair of blocks
     repeated = h[:30].repeat(50, 1)
-    assert math.isfinite(block_entropy(cut(R, [5, 5]), repeated)) and math.isfinite(block_entropy(cut(R, [5, 5]), h.half()))
+    assert math.isfinite(block_entropy(cut(R, [5, 5]), repeated))
+    assert math.isfinite(block_entropy(cut(R, [5, 5]), h.half()))
 
 
 def test_two_numbers_of_subspaces_for_rows_without_structure():
@@ -299,7 +325,8 @@ def test_another_score_decides():
     h = torch.randn(2000, 8, generator=seeded())
     assert stability(h, "site", fit, score=lambda p, rows: 0.).verdict.startswith("not identified: 3 different answers")
     prefers = lambda p, rows: -compare(p, cut(rotation(8, 1), [4, 4])).mean
-    assert stability(h, "site", fit, score=prefers).verdict == "not stable: they differ in s0, s1; a refit explains held-out rows better"
+    assert stability(h, "site", fit,
+                     score=prefers).verdict == "not stable: they differ in s0, s1; a refit explains held-out rows better"
     dislikes = lambda p, rows: -compare(p, cut(rotation(8), [4, 4])).mean
     assert stability(h, "site", fit, score=dislikes).verdict == "not stable: they differ in s0, s1"
 
@@ -321,21 +348,25 @@ def test_stability_of_too_little():
     fit = lambda h, site, seed: cut(torch.eye(4), [4], site)
     with refused("0 refits"): stability(torch.randn(500, 4, generator=seeded()), "site", fit, n=0)
     with refused("399 activations"): stability(torch.randn(399, 4, generator=seeded()), "site", fit)
-    with refused("of other, 4 wide"): stability(torch.randn(500, 4, generator=seeded()), "site", lambda h, site, seed: cut(torch.eye(4), [4], "other" if seed else site))
+    with refused("of other, 4 wide"):
+        stability(torch.randn(500, 4, generator=seeded()), "site", lambda h, site,
+                  seed: cut(torch.eye(4), [4], "other" if seed else site))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 12, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_commutant_of_any_rank(rank, dtype):
     "Matrices of low rank leave the equations without full rank; what is found commutes all the same."
-    from subspace_circuits.partition import commuting
+    from subspace_circuits.closed_form import commuting
     g = torch.Generator().manual_seed(rank)
     frame = torch.linalg.qr(torch.randn(24, 24, generator=g, dtype=dtype))[0][:, :rank]
     inner = torch.randn(20, rank, rank, generator=g, dtype=dtype)
     C = frame@(inner + inner.mT)@frame.T
     e, X = commuting(C, 3, g)
-    assert X.dtype == dtype and torch.isfinite(X).all() and torch.allclose(X.flatten(1).norm(dim=1), torch.ones(3, dtype=dtype), atol=1e-4)
-    if rank <= 12: assert (C[:, None]@X - X@C[:, None]).abs().max() < 1e-3*C.abs().max() # what the cumulants leave empty commutes with all
+    assert X.dtype == dtype and torch.isfinite(X).all()
+    assert torch.allclose(X.flatten(1).norm(dim=1), torch.ones(3, dtype=dtype), atol=1e-4)
+    # what the cumulants leave empty commutes with all
+    if rank <= 12: assert (C[:, None]@X - X@C[:, None]).abs().max() < 1e-3*C.abs().max()
 
 
 def test_ica_of_a_coin_ends():

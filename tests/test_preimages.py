@@ -8,10 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from subspace_circuits import preimages
-from subspace_circuits.activations import ActivationStore, TextTask, _Random, _small_model, capture, given, open_model, read_sites
-from subspace_circuits.known_circuits import plant
+from subspace_circuits.activations import ActivationStore, capture, given, read_sites
+from subspace_circuits.models import open_model
+from subspace_circuits.text import TextTask
+from subspace_circuits.bench.capture import RandomTask, small_llama
+from subspace_circuits.circuit_families import plant
 from subspace_circuits.partition import Partition
-from subspace_circuits.preimages import Explorer, Index, attribute, build_indexes, document_rows, histogram, mean_embedding, readable, search, sequences, similarities, within
+from subspace_circuits.preimages import (
+    Index, attribute, build_indexes, document_rows, mean_embedding, search_index, sequences,
+    similarities, similarity_histogram, within)
+from subspace_circuits.explorer import Explorer, readable
 from subspace_circuits.toy_models import load_model
 
 mid = "blocks.0.hook_resid_mid"
@@ -37,7 +43,8 @@ def partition(store): return cut(64, mid, [24, 40], store[mid].mean(0))
 
 def by_table(keys, z, metric, out, k):
     "Values of the nearest rows, by hand."
-    values = F.cosine_similarity(keys.double(), z.double()[None]) if metric == "cosine" else (keys.double() - z.double()).norm(dim=1)
+    values = (F.cosine_similarity(keys.double(), z.double()[None]) if metric == "cosine"
+              else (keys.double() - z.double()).norm(dim=1))
     values[out] = -torch.inf if metric == "cosine" else torch.inf
     return values.sort(descending=metric == "cosine").values[:k].float()
 
@@ -53,11 +60,12 @@ def test_search(store, partition, tmp_path, exact, metric):
         torch.testing.assert_close(index.norms, keys.norm(dim=1), atol=1e-5, rtol=0)
         for row in range(50, len(store), 331):
             own = document_rows(document, row)
-            found, true = search(index, keys[row], 20, metric, own), by_table(keys, keys[row], metric, own, 20)
+            found, true = search_index(index, keys[row], 20, metric, own), by_table(keys, keys[row], metric, own, 20)
             assert not set(found.row.tolist()) & set(own.tolist()) and len(set(found.row.tolist())) == len(found.row)
             limit = true[-1] - 1e-5 if metric == "cosine" else true[-1] + 1e-3
             right += int((found.value >= limit).sum() if metric == "cosine" else (found.value <= limit).sum())/20
-            if exact > len(store): torch.testing.assert_close(found.value, true, atol=1e-3 if metric == "euclidean" else 1e-5, rtol=0)
+            if exact > len(store):
+                torch.testing.assert_close(found.value, true, atol=1e-3 if metric == "euclidean" else 1e-5, rtol=0)
         assert right/len(range(50, len(store), 331)) >= .97
         if metric in index.about: assert index.about[metric]["recall"] >= .99
 
@@ -67,10 +75,11 @@ def test_threshold_and_histogram(store, partition, tmp_path):
     for metric, steps in (("cosine", (.2, .6, .9, 1.)), ("euclidean", (5., 1., .3, 0.))):
         values = similarities(index, index.rows[5], metric)
         counts = [within(values, o, metric, 10, own).count for o in steps]
-        assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and len(within(values, steps[-1], metric, 10, own).row) == 0
+        assert counts == sorted(counts, reverse=True) and counts[-1] == 0
+        assert len(within(values, steps[-1], metric, 10, own).row) == 0
         found = within(values, steps[0], metric, 10, own)
         torch.testing.assert_close(found.value, by_table(index.rows, index.rows[5], metric, own, 10), atol=1e-3, rtol=0)
-        assert sum(histogram(values, metric)["counts"]) == len(store)
+        assert sum(similarity_histogram(values, metric)["counts"]) == len(store)
 
 
 def test_rows_without_direction(store, tmp_path):
@@ -78,16 +87,17 @@ def test_rows_without_direction(store, tmp_path):
     for exact in (10**6, 1000):
         index = build_indexes(store, p, tmp_path/str(exact), exact=exact)["s0"]
         assert index.norms[7] == 0 and similarities(index, index.rows[8]).isnan().sum() == (index.norms == 0).sum()
-        assert 7 not in search(index, index.rows[8], 4000 if exact > 1000 else 200).row.tolist()
-        assert sum(histogram(similarities(index, index.rows[8]))["counts"]) == len(store) - int((index.norms == 0).sum())
-        with pytest.raises(ValueError, match="has no direction"): search(index, index.rows[7])
-        assert search(index, index.rows[7], 1, "euclidean").value[0] == 0
+        assert 7 not in search_index(index, index.rows[8], 4000 if exact > 1000 else 200).row.tolist()
+        assert sum(similarity_histogram(similarities(index, index.rows[8]))["counts"]) == len(store) - int((index.norms
+                                                                                                            == 0).sum())
+        with pytest.raises(ValueError, match="has no direction"): search_index(index, index.rows[7])
+        assert search_index(index, index.rows[7], 1, "euclidean").value[0] == 0
 
 
 def test_more_neighbours_than_rows(store, partition, tmp_path):
     index = build_indexes(store, partition, tmp_path/"index")["s0"]
-    assert search(index, index.rows[0], 10**6).count == len(store)
-    assert search(index, index.rows[0], 5, exclude=torch.arange(len(store))).count == 0
+    assert search_index(index, index.rows[0], 10**6).count == len(store)
+    assert search_index(index, index.rows[0], 5, exclude=torch.arange(len(store))).count == 0
 
 
 def files(folder): return {o.name: o.read_bytes() for o in folder.iterdir()}
@@ -107,13 +117,16 @@ def test_interrupted_build_continues(store, partition, tmp_path):
         build_indexes(store, partition, tmp_path/"part", exact=1000)
     assert seen[:3] == [1, 2, 3], "a shard was projected twice"
     assert files(tmp_path/"part") == files(whole)
-    with patch.object(preimages, "_project", lambda *_: 1/0): build_indexes(store, partition, tmp_path/"part", exact=1000)
+    with patch.object(preimages, "_project", lambda *_: 1/0): build_indexes(store, partition, tmp_path/"part",
+                                                                            exact=1000)
 
 
 def test_index_of_something_else(store, partition, tmp_path):
     build_indexes(store, partition, tmp_path/"index")
-    with pytest.raises(ValueError, match="is an index of another subspaces"): build_indexes(store, cut(64, mid, [32, 32]), tmp_path/"index")
-    with pytest.raises(ValueError, match="is an index of another partition: it was made from .{12}, this is .{12}"): build_indexes(store, cut(64, mid, [24, 40], seed=1), tmp_path/"index")
+    with pytest.raises(ValueError, match="is an index of another subspaces"):
+        build_indexes(store, cut(64, mid, [32, 32]), tmp_path/"index")
+    with pytest.raises(ValueError, match="is an index of another partition: it was made from .{12}, this is .{12}"):
+        build_indexes(store, cut(64, mid, [24, 40], seed=1), tmp_path/"index")
     fresh = cut(64, mid, [24, 40], seed=1)
     assert build_indexes(store, fresh, tmp_path/"index", overwrite=True)["s0"].info["partition"] == fresh.fingerprint
     (tmp_path/"mine").mkdir()
@@ -124,13 +137,19 @@ def test_index_of_something_else(store, partition, tmp_path):
 
 def hugging_face():
     "Small models of several families, with random weights."
-    from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
+    from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig,
+                              GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
                               MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=64, intermediate_size=64, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=64,
+                 intermediate_size=64, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     shared = small | dict(num_key_value_heads=2)
-    return {"gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=50, n_positions=64, bos_token_id=0, eos_token_id=1)), "llama": lambda: LlamaForCausalLM(LlamaConfig(**shared)),
-            "mistral": lambda: MistralForCausalLM(MistralConfig(**shared)), "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shared)),
-            "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**shared, head_dim=8)), "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**small))}
+    return {"gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=50, n_positions=64,
+                                                       bos_token_id=0, eos_token_id=1)),
+                                                       "llama": lambda: LlamaForCausalLM(LlamaConfig(**shared)),
+            "mistral": lambda: MistralForCausalLM(MistralConfig(**shared)),
+            "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**shared)),
+            "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**shared, head_dim=8)),
+            "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**small))}
 
 
 def family(name, folder):
@@ -138,16 +157,18 @@ def family(name, folder):
     torch.manual_seed(0)
     if name in ("induction", "ioi", "modular_addition"): return open_model(name)[0]
     if name == "planted": return plant("induction", certified=False).model
-    if name == "llama2c shape": return _small_model(32, 2, 4, 64, 50, 64).requires_grad_(False)
+    if name == "llama2c shape": return small_llama(32, 2, 4, 64, 50, 64).requires_grad_(False)
     hugging_face()[name]().save_pretrained(folder)
     return open_model(folder)[0]
 
 
-@pytest.mark.parametrize("name", ["induction", "ioi", "planted", "llama2c shape", "gpt2", "llama", "mistral", "qwen2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["induction", "ioi", "planted", "llama2c shape", "gpt2", "llama", "mistral", "qwen2",
+                                  "gemma2", "gpt_neox"])
 def test_attribution_of_every_family(name, tmp_path):
     model = family(name, tmp_path/"model")
     site, length = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", min(10, model.cfg.n_ctx)
-    store = capture(model, _Random(min(50, model.cfg.d_vocab)), [site], tmp_path/"store", shards=1, sequences=8, lengths=(length, length))
+    store = capture(model, RandomTask(min(50, model.cfg.d_vocab)), [site], tmp_path/"store", shards=1, sequences=8,
+                    lengths=(length, length))
     d = model.cfg.d_model
     index = build_indexes(store, cut(d, site, [d//2, d - d//2], store[site].mean(0)), tmp_path/"index")["s0"]
     rows, baseline = [7, 3, 7 + length, 9 + 2*length], mean_embedding(model, store)
@@ -159,16 +180,20 @@ def test_attribution_of_every_family(name, tmp_path):
         for frozen in (True, False):
             a = free[frozen] = attribute(model, batch, at, index, index.rows[rows[0]], baseline, metric, frozen)
             assert a.error.max() <= .011*scale or a.steps.max() == 160, a.error
-            torch.testing.assert_close(a.shares.sum(1) + a.baseline, a.value, atol=float(a.error.max()) + 1e-4*scale, rtol=0)
-            for i, n in enumerate(at.tolist()): assert not a.shares[i, n + 1:].any(), "a token behind the row has a share"
+            torch.testing.assert_close(a.shares.sum(1) + a.baseline, a.value, atol=float(a.error.max()) + 1e-4*scale,
+                                       rtol=0)
+            for i, n in enumerate(at.tolist()):
+                assert not a.shares[i, n + 1:].any(), "a token behind the row has a share"
         single, alone = sequences(store, rows[1:2])
-        b = attribute(model, single, alone, index, index.rows[rows[0]], baseline, metric, steps=int(free[True].steps[1]), most=int(free[True].steps[1]))
+        b = attribute(model, single, alone, index, index.rows[rows[0]], baseline, metric,
+                      steps=int(free[True].steps[1]), most=int(free[True].steps[1]))
         torch.testing.assert_close(b.shares[0], free[True].shares[1, :len(b.shares[0])], atol=2e-3*scale, rtol=0)
         assert (free[True].shares - free[False].shares).abs().max() > 1e-4*scale, "frozen attention made no difference"
 
 
 def test_attribution_knows_what_is_linear(store, tmp_path):
-    "At the embeddings only the row's own token can have a share, and one step is exact for a cosine that is not asked about more."
+    """At the embeddings only the row's own token can have a share, and one step is exact for a cosine that is not
+    asked about more."""
     model, task, _ = load_model("induction")
     site = "blocks.0.hook_resid_pre"
     early = capture(model, task, [site], tmp_path/"store", shards=1, sequences=8)
@@ -184,14 +209,17 @@ def test_models_without_patterns(store, partition, tmp_path):
     model, index = load_model("induction")[0], build_indexes(store, partition, tmp_path/"index")["s0"]
     batch, at = sequences(store, [20])
     hooks = {k: v for k, v in model.hook_dict.items() if "hook_pattern" not in k}
-    with patch.object(type(model), "hook_dict", property(lambda _: hooks)), pytest.raises(ValueError, match="shows no attention patterns .*: pass frozen=False"):
+    with patch.object(type(model), "hook_dict", property(lambda _: hooks)), pytest.raises(ValueError,
+                                                                                          match="shows no attention "
+                                                                                                "patterns .*: pass "
+                                                                                                "frozen=False"):
         attribute(model, batch, at, index, index.rows[20], mean_embedding(model, store))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_texts_come_back(packed, tmp_path):
     "Windows of a text, several to a document or several documents to a window."
-    model = _small_model(16, 1, 2, 32, 400, 24).requires_grad_(False)
+    model = small_llama(16, 1, 2, 32, 400, 24).requires_grad_(False)
     class Bytes:
         bos = 300
         def encode(self, text): return list(text.encode())
@@ -219,10 +247,14 @@ def test_a_language_model(tmp_path):
     model, tokenizer = open_model(stories)
     site = "blocks.2.hook_resid_post"
     (tmp_path/"text.txt").write_text((stories/"tinystories_sample.txt").read_text())
-    store = capture(model, TextTask(tmp_path/"text.txt", tokenizer, 512), [site], tmp_path/"store", shards=1, sequences=4, lengths=(1, 512))
-    explorer = Explorer([build_indexes(store, cut(64, site, [32, 32], store[site].mean(0)), tmp_path/"index")], model, tokenizer)
+    store = capture(model, TextTask(tmp_path/"text.txt", tokenizer, 512), [site], tmp_path/"store", shards=1,
+                    sequences=4, lengths=(1, 512))
+    explorer = Explorer([build_indexes(store, cut(64, site, [32, 32], store[site].mean(0)), tmp_path/"index")], model,
+                        tokenizer)
     view = explorer.view(dict(text="Once upon a time, there was a little girl", n="5"))
     assert view["tokens"][str(view["query"]["ids"][-1])].strip() in "a little girl" and len(view["neighbours"]) == 5
-    shares = explorer.attribution(dict(text="Once upon a time, there was a little girl", n="5", shading="free"), [o["row"] for o in view["neighbours"]])
-    assert len(shares) == 6 and all(math.isfinite(x) for o in shares.values() for x in o["shares"]) and shares["query"]["value"] == 1
+    shares = explorer.attribution(dict(text="Once upon a time, there was a little girl", n="5", shading="free"),
+                                  [o["row"] for o in view["neighbours"]])
+    assert len(shares) == 6 and all(math.isfinite(x) for o in shares.values() for x in o["shares"])
+    assert shares["query"]["value"] == 1
     with pytest.raises(ValueError, match="this model takes 512: shorten it"): explorer.view(dict(text="a b "*600))

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from subspace_circuits.partition import planted_mixture
-from subspace_circuits.published_ndm import ndm_loss, public_trainer, race, train_ndm
+from subspace_circuits.closed_form import planted_mixture
+from subspace_circuits.published_ndm import ndm_loss, train_ndm
+from subspace_circuits.bench.speed import public_trainer, race
 
-brief = dict(unit=2, pool=301, steps=60, lr=1e-2, merge_start=30, merge_interval=10, merge_threshold=.04, mi_keys=200, mi_batches=2, remix_interval=10, batch=32)
+brief = dict(unit=2, pool=301, steps=60, lr=1e-2, merge_start=30, merge_interval=10, merge_threshold=.04, mi_keys=200,
+             mi_batches=2, remix_interval=10, batch=32)
 program = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -33,7 +35,8 @@ torch.distributed.destroy_process_group()
 def rows():
     "Two independent variables of three dimensions, mixed, with ties."
     g = torch.Generator().manual_seed(0)
-    h = torch.cat([torch.randn(9, 3, generator=g)[torch.randint(9, (2000,), generator=g)]*torch.rand(2000, 1, generator=g).round(decimals=1) for _ in range(2)], 1)
+    h = torch.cat([torch.randn(9, 3, generator=g)[torch.randint(9, (2000,), generator=g)]*torch.rand(2000, 1,
+                                                                                                     generator=g).round(decimals=1) for _ in range(2)], 1)
     return h@torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
 
 
@@ -42,7 +45,8 @@ def test_two_processes_with_half_of_the_keys_each_end_where_one_ends(tmp_path):
     h = rows()
     save_file({"h": h}, tmp_path/"rows.safetensors")
     (tmp_path/"train.py").write_text(program)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path/"train.py", tmp_path/"rows.safetensors", tmp_path],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           tmp_path/"train.py", tmp_path/"rows.safetensors", tmp_path],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     ranks = [load_file(tmp_path/f"{i}.safetensors") for i in range(2)]
@@ -53,7 +57,8 @@ def test_two_processes_with_half_of_the_keys_each_end_where_one_ends(tmp_path):
         job = brief | dict(metric=metric) | (dict(remix_interval=0) if metric == "cosine" else {})
         one = train_ndm(h, "mix", **job)
         assert one.info["taken"] > job["merge_start"] or metric == "cosine"
-        for o in ranks: assert torch.equal(o[metric], one.basis) and o[metric + ".sizes"].tolist() == list(one.sizes.values())
+        for o in ranks:
+            assert torch.equal(o[metric], one.basis) and o[metric + ".sizes"].tolist() == list(one.sizes.values())
         read = train_ndm(h, "mix", **job, folder=tmp_path/metric) # written by the first process alone
         assert torch.equal(read.basis, one.basis)
 
@@ -94,13 +99,15 @@ def test_a_checkout_is_imported_without_a_trace(checkout):
     import transformer_lens
     before, path, files = set(sys.modules), list(sys.path), sorted(checkout.rglob("*"))
     assert public_trainer(checkout).__name__ == "NewUnevenRTrainer"
-    assert sys.modules["transformer_lens"] is transformer_lens and not {o for o in set(sys.modules) - before if "subspace_partition" in o or o == "datasets"}
+    assert sys.modules["transformer_lens"] is transformer_lens
+    assert not {o for o in set(sys.modules) - before if "subspace_partition" in o or o == "datasets"}
     assert sys.path == path and sorted(checkout.rglob("*")) == files
 
 
 def test_what_is_no_checkout_is_refused_in_one_line(tmp_path):
     for folder in (tmp_path, tmp_path/"absent"):
-        with pytest.raises(ValueError, match="pass a checkout of the public SubspacePartition repository") as error: public_trainer(folder)
+        with pytest.raises(ValueError, match="pass a checkout of the public SubspacePartition repository") as error:
+            public_trainer(folder)
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 

@@ -13,7 +13,8 @@ match = "L0H0: position ⋈ position"
 
 
 def edge(source, target, type, **kw):
-    return dict(source=source, target=target, key=0, type=type, component="L0H0", unit="logits", p=.005) | dict(score=1.) | kw
+    return (dict(source=source, target=target, key=0, type=type, component="L0H0", unit="logits", p=.005)
+            | dict(score=1.) | kw)
 
 
 def files():
@@ -21,20 +22,27 @@ def files():
     sizes = {pre: {"token": 3, "position": 2}, mid: {"token": 2, "previous token": 3}}
     shares = {o: {n: {v: .9 if v == n else .1 for v in sizes[o]} for n in sizes[o]} for o in sizes}
     subspaces = [dict(id=f"{o}/{n}", kind="subspace", site=o, name=n, d=d) for o in sizes for n, d in sizes[o].items()]
-    matched = dict(id=match, kind="match", component="L0H0", query="position", key="position", score=7.2, unit="logits", p=.005)
-    edges = [edge(f"{pre}/position", match, "Q"), edge(f"{pre}/position", match, "K", key=1), edge(f"{mid}/token", "MLP0", "MLP", score=None, p=None),
+    matched = dict(id=match, kind="match", component="L0H0", query="position", key="position", score=7.2,
+                   unit="logits", p=.005)
+    edges = [edge(f"{pre}/position", match, "Q"), edge(f"{pre}/position", match, "K", key=1),
+             edge(f"{mid}/token", "MLP0", "MLP", score=None, p=None),
              edge(f"{pre}/token", f"{mid}/previous token", "OV", score=-.25, unit="share of stream variance")]
     return {
-        "config": dict(model="<tiny>", seed=0, version="0.1.0", n_layers=1, n_heads=1, d_model=5, rows=100, sites=[pre, mid]),
+        "config": dict(model="<tiny>", seed=0, version="0.1.0", n_layers=1, n_heads=1, d_model=5, rows=100,
+                       sites=[pre, mid]),
         "metrics": dict(
-            accuracy={"full": {"0-5": 1., "6-10": .8}, "keep_only": {"0-5": .99, "6-10": .76}, "null": {"0-5": 0., "6-10": 0.}},
+            accuracy={"full": {"0-5": 1., "6-10": .8}, "keep_only": {"0-5": .99, "6-10": .76},
+                      "null": {"0-5": 0., "6-10": 0.}},
             sites={o: dict(n_subspaces=2, objective=.4, sizes=sizes[o], variables=shares[o]) for o in sizes},
-            circuit=dict(n_edges=2, n_candidates=8, control=dict(n_edges=0), chosen=0, curve=[dict(epsilon=.1, n_edges=2, accuracy=.9, kl=0.)]),
+            circuit=dict(n_edges=2, n_candidates=8, control=dict(n_edges=0), chosen=0,
+                         curve=[dict(epsilon=.1, n_edges=2, accuracy=.9, kl=0.)]),
             seconds=dict(capture=1., partition=2.)),
-        "partitions": {mid: dict(names=["token", "previous token"], determination=[[1, .1], [.1, 1]], mutual_information=[[2, .1], [.1, 2]])},
+        "partitions": {mid: dict(names=["token", "previous token"], determination=[[1, .1], [.1, 1]],
+                                 mutual_information=[[2, .1], [.1, 2]])},
         "attention": dict(tokens=["bos", "1"], patterns=[dict(component="L0H0", pattern=[[1, 0], [.9, .1]])]),
         "circuit": dict(version=1, directed=True, multigraph=True, graph=dict(n_layers=1, n_heads=1), edges=edges,
-                        nodes=[*subspaces, matched, dict(id="MLP0", kind="mlp", layer=0), dict(id="logits", kind="output")])}
+                        nodes=[*subspaces, matched, dict(id="MLP0", kind="mlp", layer=0),
+                               dict(id="logits", kind="output")])}
 
 
 def page(folder, content):
@@ -71,7 +79,9 @@ def test_one_offline_file(tmp_path):
     assert set(Fetches(text).found) <= {"data:,"} and len(text.encode()) < 6_000_000
     seen = words(text)
     assert "Keeping 2 of 8 edges keeps 99.0% of the accuracy at trained and 95.0% at longer lengths." in seen
-    for o in ("position ⋈ position", "−25% of stream variance", "holds 90% of previous token", "MLP 0", "x0.mid", "<tiny>"): assert o in seen
+    for o in ("position ⋈ position", "−25% of stream variance", "holds 90% of previous token", "MLP 0", "x0.mid",
+              "<tiny>"):
+        assert o in seen
     assert text.count('<g class="wire') == 5 and text.count('class="wire OV negative"') == 2
 
 

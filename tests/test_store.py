@@ -3,7 +3,8 @@ import json, os, random, signal, subprocess, sys, time
 
 import pytest
 
-from subspace_circuits.activations import ActivationStore, capture, load_model, one_writer, verify
+from subspace_circuits.toy_models import load_model
+from subspace_circuits.activations import ActivationStore, capture, one_writer, verify
 
 sites = ["blocks.0.hook_resid_mid"]
 args = dict(shards=120, sequences=16, lengths=(0, 20))
@@ -36,11 +37,14 @@ a.capture(model, task, ["blocks.0.hook_resid_mid"], Path(sys.argv[1]), shards=9,
 """
 
 
-def start(*args): return subprocess.Popen([sys.executable, "-c", program, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*args):
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def torchrun(*args):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, args)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, args)],
+                          capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
 
 
@@ -93,10 +97,13 @@ def test_rank_that_is_killed(tmp_path):
 
 
 def test_what_one_rank_refuses_all_say(tmp_path):
-    (tmp_path/"bad.jsonl").write_text("".join(json.dumps({"text": o}) + "\n" for o in ("1 2 3", "4 5 6")) + '{"body": "7"}\n')
-    done = torchrun("-m", "subspace_circuits.cli", "capture", "induction", "--data", tmp_path/"bad.jsonl", "--out", tmp_path/"store", "--shards", 3, "--sequences", 1)
+    (tmp_path/"bad.jsonl").write_text("".join(json.dumps({"text": o}) + "\n" for o in ("1 2 3", "4 5 6"))
+                                      + '{"body": "7"}\n')
+    done = torchrun("-m", "subspace_circuits.cli", "capture", "induction", "--data", tmp_path/"bad.jsonl", "--out",
+                    tmp_path/"store", "--shards", 3, "--sequences", 1)
     lines = [o for o in done.stderr.splitlines() if o.startswith("subspace-circuits: ")]
-    assert done.returncode != 0 and lines and all("bad.jsonl, line 3: it must be a JSON object" in o for o in lines), done.stderr
+    assert done.returncode != 0 and lines and all("bad.jsonl, line 3: it must be a JSON object" in o
+                                                  for o in lines), done.stderr
     verify(store := ActivationStore(tmp_path/"store"))
     assert store.column("document").unique().tolist() == [0, 1] and not (tmp_path/"store"/"writer.pid").exists()
 

@@ -11,7 +11,8 @@ text_names = "*.py *.ipynb *.md *.ini *.txt *.yml *.yaml *.cff *.json *.toml *.i
 
 def python(code):
     "What a fresh interpreter prints for `code`."
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=root).stdout.split()
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                          cwd=root).stdout.split()
 
 
 def kept_files():

@@ -1,0 +1,100 @@
+"Every method on every planted circuit, and what scoring costs."
+import sys, time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from subspace_circuits.toy_models import UniqueCopy, n_threads, new_model
+from subspace_circuits.forward import circuit_sites
+from subspace_circuits.circuit_families import FAMILIES
+from subspace_circuits.partition import Partition
+from subspace_circuits.edges import Moments, score_edges
+from subspace_circuits.circuit_benchmark import (
+    COLUMNS, LEARNERS, METHODS, OTHER_LIMITS, circuit, compare_methods, compare_random,
+    summary_of_learners, summary_of_methods)
+from subspace_circuits.bench import figure
+
+
+def scoring_cost(
+    d_model:int=768, n_layers:int=12,
+    n_heads:int=12, vocabulary:int=50_000, subspaces:int=12, threads:int=2, # Of the model, of each site, of torch
+)->tuple[float,
+float]: # Seconds of `score_edges` once there are moments; GB that the process has ever held, model included
+    "Score a random model, GPT-2-small-shaped unless told otherwise, between random subspaces."
+    import resource
+    with n_threads(threads):
+        model = new_model(vocabulary + 4, n_layers=n_layers, n_heads=n_heads, d_model=d_model)
+        moments = Moments(model, UniqueCopy(vocabulary), n=50, lengths=(20, 30))
+        basis = torch.linalg.qr(torch.randn(d_model, d_model,
+                                            generator=torch.Generator().manual_seed(0)))[0].tensor_split(subspaces, 1)
+        partitions, start = {s: Partition({f"s{i}": b for i, b in enumerate(basis)}, s)
+                             for s in circuit_sites(model)}, time.perf_counter()
+        score_edges(model, moments, partitions)
+        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform
+                                                                                                == "darwin"
+                                                                                                else 1024)/1e9
+
+def _cost_figures():
+    "What scores cost on a toy and at the size of GPT-2 small, each in a process of its own."
+    for what, sizes, bar in (("toy", dict(d_model=64, n_layers=2, n_heads=1, vocabulary=40, subspaces=4, threads=1),
+                              1), ("GPT-2-small shape", {}, 60)):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            seconds, held = pool.submit(scoring_cost, **sizes).result()
+        yield figure(f"{what}, scores of all edges", seconds, "s", f"below {bar}", seconds < bar)
+        yield figure(f"{what}, memory of the process", held, "GB", "below 4", held < 4)
+
+
+# At least; "": the true ones
+BARS = {"": dict(isolated=1, AP=.99, exact=.95), "ours": dict(isolated=.9, AP=.9, exact=.7)}
+NOTHING = .05 # At most, of one block
+
+def grade_figures(
+    rows:list[dict], learner:str="", # From `compare`
+)->Iterator[dict]: # What was measured, with its bar
+    "List the grades in one kind of subspaces: of our circuit, under other limits, and of every method."
+    kind, table = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner]
+    mine = [o for o in rows if o["method"] == "circuit"]
+    for k in ("isolated", "AP", "exact"):
+        least = BARS.get(learner, {}).get(k)
+        bar = f"at least {least}" if least else f"at most {NOTHING}" if learner == "one block" else ""
+        held = table[k] >= least if least else table[k] <= NOTHING if bar else None
+        yield figure(f"{kind}, circuit: {k}", table[k], f"of {table['models']} models", bar, held)
+        yield figure(f"{kind}, circuit: {k}, no excuse", table[k + ", no excuse"], f"of {table['models']} models")
+    variables = sum(o["variables"] for o in mine)
+    for k in OTHER_LIMITS:
+        yield figure(f"{kind}: isolated, {k}", sum(o["alone"][k] for o in mine)/variables, f"of {variables} variables")
+    for name, o in summary_of_methods(rows).items():
+        for k in ("QK", "OV", "MLP", "exact", "right"):
+            if o[k] is not None: yield figure(f"{kind}, {name}: {COLUMNS[k]}", o[k], f"of {table['models']} models")
+
+def _seconds_figures(rows, learner=""):
+    "What learning and every method cost."
+    kind, learning = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner]["seconds"]
+    if learning is not None: yield figure(f"{kind}: learning", learning, "s a model")
+    for name, o in summary_of_methods(rows).items():
+        if o["seconds"] is not None: yield figure(f"{kind}, {name}", o["seconds"], "s a model")
+
+def benchmark_circuits(
+    families:tuple[str, ...]=tuple(FAMILIES), seeds:int=3, # Seeds of each family; as many random models of each kind
+    learned:bool=True, # Learn subspaces too: minutes for each model
+    kept:Path|None=None, # A file of JSON lines for every grade as it comes: an interrupted benchmark goes on from there
+)->Iterator[dict]: # What was measured, with its bar
+    """Measure every method on planted families, from true subspaces and every learner's, on random models, and what it
+    costs."""
+    for learner in ("", *LEARNERS) if learned else ("",):
+        rows = compare_methods(families, seeds, learner, METHODS if learner in ("", "ours") else dict(circuit=circuit),
+                               kept)
+        yield from grade_figures(rows, learner)
+        yield from _seconds_figures(rows, learner)
+    random = compare_random(families, seeds)
+    for name in dict.fromkeys(o["method"] for o in random):
+        false = [o["false"] for o in random if o["method"] == name]
+        silent = sum(not o for o in false)/len(false)
+        ours = name == "circuit"
+        yield figure(f"random models, {name}: without an edge", silent, f"(mean of {len(false)})",
+                     ".99" if ours else "", silent >= .99 if ours else None) | dict(each=false)
+        yield figure(f"random models, {name}: false edges", sum(false)/len(false), "per model")
+    yield from _cost_figures()
