@@ -14,8 +14,11 @@ run: .venv/.installed  ## the main job on the bundled model, into runs/induction
 lab: .venv/.installed  ## JupyterLab on the notebooks, cleaning them on save (ARGS=--allow-root in a container)
 	@cd nbs && $(ACTIVATE) jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)
 
-test: .venv/.installed  ## every notebook's tests but those marked slow or long, then pytest
-	@$(ACTIVATE) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
+# How the pages are run: continuous integration runs them in fresh kernels instead, so that each is run once.
+PAGES = nbdev_test --n_workers 2 --do_print
+
+test: .venv/.installed  ## every notebook's cells but those marked slow or long, then pytest
+	@$(ACTIVATE) OMP_NUM_THREADS=1 $(PAGES)
 	@$(ACTIVATE) OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal tests
 
 readme: .venv/.installed  ## README.md from nbs/index.ipynb

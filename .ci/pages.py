@@ -107,7 +107,8 @@ def check(nbs):
     pages = sorted(nbglob(nbs, as_path=True))
     names = [o.relative_to(nbs).as_posix() for o in pages]
     sidebar = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    for o in {o["href"] for o in sidebar} ^ set(names): yield o, "the page", "not both a notebook and in the sidebar"
+    listed = {x["href"] for o in sidebar for x in o.get("contents", [o])}
+    for o in listed ^ set(names): yield o, "the page", "not both a notebook and in the sidebar"
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         done = list(pool.map(process, pages))
     on_site = {file: ids for _, file, ids, _, _ in done}

@@ -45,14 +45,14 @@ def skip_trigram(
     lengths:tuple[int,int]=(4, 10), # Fewest and most A-symbols shown
 )->Plan:
     "Plan `A … B → C` for arbitrary tables (Elhage et al. 2021)."
-    p, E, O, n = Plan("skip_trigram", 1, lengths[1] + 2), frame(2*n_symbols, d, generator), frame(n_symbols, d,
-                                                                                                  generator), n_symbols
+    p, n = Plan("skip_trigram", 1, lengths[1] + 2), n_symbols
+    E, O = frame(2*n, d, generator), frame(n, d, generator)
     p.codes |= {"token": E, "output": O}
     p.symbols(2*n, "token")
     bos, pad, every = p.special(flag=0), p.special(), torch.arange(n)
     first = torch.randperm(n, generator=generator)
-    second, answer = (first + 1 + torch.randint(n - 1, (n,),
-                                                generator=generator)) % n, torch.randperm(n, generator=generator)
+    second = (first + 1 + torch.randint(n - 1, (n,), generator=generator)) % n
+    answer = torch.randperm(n, generator=generator)
     accepts = torch.zeros(n, 2*n, dtype=torch.bool)
     accepts[every, first] = accepts[every, second] = True
     match, move = fit_map(E[n:], E, accepts, BETA), fit_map(E[:n], O, F.one_hot(answer, n) > 0, 1.)
@@ -87,10 +87,10 @@ def bigram_copy(
     d:int=12, # Dimensions of each variable
     lengths:tuple[int,int]=(6, 12), # Shortest and longest list
 )->Plan:
-    """Plan the copy of a list in which bigrams are unique: previous tokens at offsets 1 and 2, then a head that
-    matches both."""
-    rare = f"lists of {lengths[1]} with unique bigrams are too rare among {n_symbols} symbols"
-    if lengths[1] > n_symbols**2//2: raise ValueError(f"{rare}: use more symbols or shorter lists")
+    "Plan the copy of a list in which bigrams are unique: tokens 1 and 2 places back, then a head that matches both."
+    if lengths[1] > n_symbols**2//2:
+        raise ValueError(f"lists of {lengths[1]} with unique bigrams are too rare among {n_symbols} symbols: use more "
+                         "symbols or shorter lists")
     p = Plan("bigram_copy", 2, 2*lengths[1] + 2)
     for o in ("token", "previous", "second previous", "output"):
         p.codes[o] = p.codes.get("token", frame(n_symbols + 1, d, generator))
@@ -149,6 +149,13 @@ def histogram(
     _count(p, 0, "token")
     staircase(p, 0, "share", "count", [4/(1 + k) for k in range(1, most + 1)], list(range(most)))
     p.readout = {"count": p.codes["count"]}
+    p.sample, p.lengths = _histogram_sampler(n_symbols, most, bos, pad), lengths
+    return p
+
+FAMILIES["histogram"] = histogram, .0003
+
+# %% ../nbs/00e_circuit_families.ipynb #histogram-sampler
+def _histogram_sampler(n_symbols, most, bos, pad):
     def sample(n, lengths, generator):
         length, hi = torch.randint(lengths[0], lengths[1] + 1, (n, 1), generator=generator), lengths[1]
         few = torch.rand(n, n_symbols, generator=generator).argsort(1)[:, :4]
@@ -157,10 +164,7 @@ def histogram(
         i = torch.arange(hi + 1).expand(n, -1)
         tokens = torch.where(i <= length, F.pad(x, (1, 0), value=bos), pad)
         return table_batch(tokens, (i > 0) & (i <= length) & (count <= most), count - 1, i <= length)
-    p.sample, p.lengths = sample, lengths
-    return p
-
-FAMILIES["histogram"] = histogram, .0003
+    return sample
 
 # %% ../nbs/00e_circuit_families.ipynb #fraction
 def fraction_of_previous(
@@ -180,6 +184,13 @@ def fraction_of_previous(
     centre = torch.arange(bins)[:, None]/(bins - 1)
     # up to a constant, minus eight times the squared distance
     p.readout = {"share": 4*centre, "one": -8*centre.square()}
+    p.sample, p.lengths = _fraction_sampler(kind, bins, bos, pad), lengths
+    return p
+
+FAMILIES["fraction_of_previous"] = fraction_of_previous, .001
+
+# %% ../nbs/00e_circuit_families.ipynb #fraction-sampler
+def _fraction_sampler(kind, bins, bos, pad):
     def sample(n, lengths, generator):
         length, hi = torch.randint(lengths[0], lengths[1] + 1, (n, 1), generator=generator), lengths[1]
         is_x = torch.rand(n, hi, generator=generator) < torch.rand(n, 1, generator=generator)
@@ -189,10 +200,7 @@ def fraction_of_previous(
         tokens = torch.where(i <= length, F.pad(torch.where(is_x, x, y), (1, 0), value=bos), pad)
         return table_batch(tokens, (i > 1) & (i <= length) & ((share - share.round()).abs() < .3),
                            share.round().long(), i <= length)
-    p.sample, p.lengths = sample, lengths
-    return p
-
-FAMILIES["fraction_of_previous"] = fraction_of_previous, .001
+    return sample
 
 # %% ../nbs/00e_circuit_families.ipynb #reverse
 def reverse(
@@ -215,16 +223,20 @@ def reverse(
            {(k - lengths[0], i): k + 1 - i for k in every for i in range(1, k + 1)})
     p.head(2, [("target", "position", 1.3*BETA*torch.eye(10))], [("token", "output", torch.eye(d))], calm=True)
     p.readout = {"output": E}
+    p.sample, p.lengths = _reverse_sampler(n_symbols, hi, bos, pad), lengths
+    return p
+
+FAMILIES["reverse"] = reverse, .0002
+
+# %% ../nbs/00e_circuit_families.ipynb #reverse-sampler
+def _reverse_sampler(n_symbols, hi, bos, pad):
     def sample(n, lengths, generator):
         length, x = random_orders(n, lengths, n_symbols, generator)
         i = torch.arange(hi + 1).expand(n, -1)
         at = lambda i: x.gather(1, (i - 1).clamp(0, n_symbols - 1))
         tokens = torch.where(i == 0, bos, torch.where(i <= length, at(i), pad))
         return table_batch(tokens, (i > 0) & (i <= length), at(length + 1 - i), i <= length, length + 1 - i)
-    p.sample, p.lengths = sample, lengths
-    return p
-
-FAMILIES["reverse"] = reverse, .0002
+    return sample
 
 # %% ../nbs/00e_circuit_families.ipynb #sort
 def sort(
@@ -246,45 +258,21 @@ def sort(
     p.head(1, [("position", "rank", 1.3*BETA*torch.eye(8)), ("bias", "token", BETA*T.sum(0, keepdim=True))],
            [("token", "output", fit_map(T, E, torch.eye(n_symbols) > 0, 1.))], calm=True)
     p.readout = {"output": E}
-    def sample(n, lengths, generator):
-        length, x = random_orders(n, lengths, n_symbols, generator)
-        i = torch.arange(hi + 1).expand(n, -1)
-        at = lambda x: x.gather(1, (i - 1).clamp(0, n_symbols - 1))
-        rising = x.masked_fill(every >= length, n_symbols).sort(1).values.clamp(max=n_symbols - 1)
-        return table_batch(torch.where(i == 0, bos, torch.where(i <= length, at(x), pad)), (i > 0) & (i <= length),
-                           at(rising), i <= length)
-    p.sample, p.lengths = sample, lengths
+    p.sample, p.lengths = _sort_sampler(n_symbols, hi, bos, pad), lengths
     return p
 
 FAMILIES["sort"] = sort, .0001
 
-# %% ../nbs/00e_circuit_families.ipynb #modular
-def modular_addition(
-    generator:torch.Generator,
-    modulus:int=12, d:int=8, # Modulus, dimensions of a number
-    fourier:bool=False, # Numbers on circles, neurons that multiply phases; needs a larger modulus, e.g. 23 in 16 dimensions
-)->Plan:
-    "Plan `a b = a+b mod p`."
-    p, codes = Plan("modular_addition", 1,
-                    4), (circle_codes(modulus, d, generator)[0] if fourier else frame(modulus, d, generator))
-    p.codes |= {o: codes for o in ("token", "a", "b", "sum")} | {"position": frame(4, 4, generator)}
-    P, p.positions["position"] = p.codes["position"], [0, 1, 2, 3]
-    p.symbols(modulus, "token")
-    bos, equals = p.special(flag=0), p.special()
-    for k, o in enumerate("ab"):
-        p.head(0, [("position", "position", BETA*torch.outer(P[3], P[k + 1]))], [("token", o, torch.eye(d))], calm=True)
-    if fourier: p.neurons.append(_phases(d//2))
-    else: lookup(p, 0, ("a", "b"), "sum", {(i, j): (i + j) % modulus for i in range(modulus) for j in range(modulus)})
-    p.readout = {"sum": codes*(3 if fourier else 1)}
+# %% ../nbs/00e_circuit_families.ipynb #sort-sampler
+def _sort_sampler(n_symbols, hi, bos, pad):
     def sample(n, lengths, generator):
-        x = torch.randint(modulus, (n, 2), generator=generator)
-        i = torch.arange(4).expand(n, -1)
-        tokens = torch.cat([torch.full((n, 1), bos), x, torch.full((n, 1), equals)], 1)
-        return table_batch(tokens, i == 3, (x.sum(1, keepdim=True) % modulus).expand(-1, 4), i >= 0)
-    p.sample, p.lengths = sample, (2, 2)
-    return p
-
-FAMILIES["modular_addition"] = modular_addition, .003
+        length, x = random_orders(n, lengths, n_symbols, generator)
+        i, every = torch.arange(hi + 1).expand(n, -1), torch.arange(n_symbols)
+        at = lambda x: x.gather(1, (i - 1).clamp(0, n_symbols - 1))
+        rising = x.masked_fill(every >= length, n_symbols).sort(1).values.clamp(max=n_symbols - 1)
+        return table_batch(torch.where(i == 0, bos, torch.where(i <= length, at(x), pad)), (i > 0) & (i <= length),
+                           at(rising), i <= length)
+    return sample
 
 # %% ../nbs/00e_circuit_families.ipynb #phases
 def _phases(k, phases=12):
@@ -295,6 +283,38 @@ def _phases(k, phases=12):
     w_in = torch.block_diag(*[read*size]*k)
     return Neurons(0, ("a", "b"), "sum", {"a": w_in, "b": w_in}, torch.zeros(phases*k),
                    torch.block_diag(*[write*.4/size]*k))
+
+# %% ../nbs/00e_circuit_families.ipynb #modular
+def modular_addition(
+    generator:torch.Generator,
+    modulus:int=12, d:int=8, # Modulus, dimensions of a number
+    fourier:bool=False, # Numbers on circles, a few neurons for each; needs a larger modulus, e.g. 23 at d=16
+)->Plan:
+    "Plan `a b = a+b mod p`."
+    p = Plan("modular_addition", 1, 4)
+    codes = circle_codes(modulus, d, generator)[0] if fourier else frame(modulus, d, generator)
+    p.codes |= {o: codes for o in ("token", "a", "b", "sum")} | {"position": frame(4, 4, generator)}
+    P, p.positions["position"] = p.codes["position"], [0, 1, 2, 3]
+    p.symbols(modulus, "token")
+    bos, equals = p.special(flag=0), p.special()
+    for k, o in enumerate("ab"):
+        p.head(0, [("position", "position", BETA*torch.outer(P[3], P[k + 1]))], [("token", o, torch.eye(d))], calm=True)
+    if fourier: p.neurons.append(_phases(d//2))
+    else: lookup(p, 0, ("a", "b"), "sum", {(i, j): (i + j) % modulus for i in range(modulus) for j in range(modulus)})
+    p.readout = {"sum": codes*(3 if fourier else 1)}
+    p.sample, p.lengths = _modular_sampler(modulus, bos, equals), (2, 2)
+    return p
+
+FAMILIES["modular_addition"] = modular_addition, .003
+
+# %% ../nbs/00e_circuit_families.ipynb #modular-sampler
+def _modular_sampler(modulus, bos, equals):
+    def sample(n, lengths, generator):
+        x = torch.randint(modulus, (n, 2), generator=generator)
+        i = torch.arange(4).expand(n, -1)
+        tokens = torch.cat([torch.full((n, 1), bos), x, torch.full((n, 1), equals)], 1)
+        return table_batch(tokens, i == 3, (x.sum(1, keepdim=True) % modulus).expand(-1, 4), i >= 0)
+    return sample
 
 # %% ../nbs/00e_circuit_families.ipynb #two-circuits
 def two_circuits(
@@ -342,8 +362,8 @@ def one_head(
     most:int=4, # Largest count that is asked for
 )->Plan:
     "Plan induction on letters and a histogram of colours in a single head."
-    p, E, same, fixed = Plan("one_head", 2, 3*lengths[1] + 1), frame(n_symbols, d,
-                                                                     generator), torch.eye(d), torch.tensor([[COUNT]])
+    p, same, fixed = Plan("one_head", 2, 3*lengths[1] + 1), torch.eye(d), torch.tensor([[COUNT]])
+    E = frame(n_symbols, d, generator)
     p.codes |= {o: E for o in ("letter", "previous letter", "next letter")} | {"colour": frame(n_colours, 4, generator)}
     p.codes |= {"share": torch.ones(1, 1), "count": frame(most, 3, generator)}
     p.symbols(n_symbols, "letter")
@@ -372,9 +392,37 @@ def _one_head_sampler(n_symbols, n_colours, most, bos, pad):
         tokens = torch.where(i == 0, bos,
                              torch.where(middle, colour + n_symbols, torch.where(i <= 3*length, letter(i), pad)))
         scored = (middle & (count <= most)) | ((i > 2*length) & (i < 3*length))
-        answers, sources = torch.where(middle, n_symbols + count - 1, letter(i + 1)), torch.where(middle, -1,
-                                                                                                  i - 2*length + 1)
+        answers = torch.where(middle, n_symbols + count - 1, letter(i + 1))
+        sources = torch.where(middle, -1, i - 2*length + 1)
         return table_batch(tokens, scored, answers, i <= 3*length, sources)
+    return sample
+
+# %% ../nbs/00e_circuit_families.ipynb #ioi-parts
+def _place_after_bos(p, generator):
+    """Give positions a circle and a part that bos lacks; returns the dimensions, the match of equal places and the
+    match of any place."""
+    p.place(2*((p.n_ctx + 2)//2), generator)
+    circle = p.codes["position"]
+    after = (torch.arange(p.n_ctx + 3) > 0)[:, None].float()
+    p.codes["position"] = torch.cat([after, circle], 1)/math.sqrt(2)
+    k = circle.shape[1] + 1
+    return k, torch.diag(F.pad(torch.ones(k - 1), (1, 0))), F.one_hot(torch.tensor([0]), k)*math.sqrt(2)
+
+# %% ../nbs/00e_circuit_families.ipynb #ioi-sampler
+def _ioi_sampler(p, n_names, n_fillers, special):
+    bos, pad, end = special
+    def sample(n, lengths, generator):
+        length = torch.randint(lengths[0], lengths[1] + 1, (n, 1), generator=generator)
+        i = torch.arange(p.n_ctx).expand(n, -1)
+        names = torch.rand(n, n_names, generator=generator).argsort(1)[:, :2]
+        text = torch.rand(n, n_fillers, generator=generator).argsort(1).gather(1, (i - 1).clamp(min=0)) + n_names
+        free = torch.rand(i.shape, generator=generator).masked_fill((i == 0) | (i >= length), 2.)
+        places = free.argsort(1)[:, :3].sort(1).values
+        first = torch.rand(n, 1, generator=generator) < .5 # the subject, names[:, 0], comes first
+        tokens = text.scatter(1, places, torch.cat([torch.where(first, names, names.flip(1)), names[:, :1]], 1))
+        tokens = torch.where(i == 0, bos, torch.where(i < length, tokens, torch.where(i == length, end, pad)))
+        source = torch.where(first, places[:, 1:2], places[:, :1])
+        return table_batch(tokens, i == length, names[:, 1:].expand_as(i), i <= length, source.expand_as(i))
     return sample
 
 # %% ../nbs/00e_circuit_families.ipynb #ioi
@@ -386,8 +434,9 @@ def ioi(
     backup:bool=False, # Two movers, each with half of the answer
 )->Plan:
     "Plan indirect-object identification: duplicate token, inhibition, name mover (Wang et al. 2022)."
-    few = f"{lengths[1]} places need as many distinct fillers, there are {n_fillers}"
-    if lengths[1] > n_fillers: raise ValueError(f"{few}: use more fillers or shorter sequences")
+    if lengths[1] > n_fillers:
+        raise ValueError(f"{lengths[1]} places need {lengths[1]} fillers, there are {n_fillers}: use more fillers or "
+                         "shorter sequences")
     p, E, same = Plan("ioi", 3, lengths[1] + 1), frame(n_names + n_fillers, d, generator), torch.eye(d)
     k, here, anywhere = _place_after_bos(p, generator)
     p.codes |= {"token": E, "subject": E, "output": E, "name": torch.ones(1, 1), "duplicate": p.codes["position"]}
@@ -405,33 +454,6 @@ def ioi(
 
 FAMILIES["ioi"] = ioi, .001
 
-# %% ../nbs/00e_circuit_families.ipynb #ioi-parts
-def _place_after_bos(p, generator):
-    """Give positions a circle and a part that bos lacks; returns the dimensions, the match of equal places and the
-    match of any place."""
-    p.place(2*((p.n_ctx + 2)//2), generator)
-    circle = p.codes["position"]
-    after = (torch.arange(p.n_ctx + 3) > 0)[:, None].float()
-    p.codes["position"] = torch.cat([after, circle], 1)/math.sqrt(2)
-    k = circle.shape[1] + 1
-    return k, torch.diag(F.pad(torch.ones(k - 1), (1, 0))), F.one_hot(torch.tensor([0]), k)*math.sqrt(2)
-
-def _ioi_sampler(p, n_names, n_fillers, special):
-    bos, pad, end = special
-    def sample(n, lengths, generator):
-        length, i = torch.randint(lengths[0], lengths[1] + 1, (n, 1),
-                                  generator=generator), torch.arange(p.n_ctx).expand(n, -1)
-        names = torch.rand(n, n_names, generator=generator).argsort(1)[:, :2]
-        text = torch.rand(n, n_fillers, generator=generator).argsort(1).gather(1, (i - 1).clamp(min=0)) + n_names
-        free = torch.rand(i.shape, generator=generator).masked_fill((i == 0) | (i >= length), 2.)
-        places = free.argsort(1)[:, :3].sort(1).values
-        first = torch.rand(n, 1, generator=generator) < .5 # the subject, names[:, 0], comes first
-        tokens = text.scatter(1, places, torch.cat([torch.where(first, names, names.flip(1)), names[:, :1]], 1))
-        tokens = torch.where(i == 0, bos, torch.where(i < length, tokens, torch.where(i == length, end, pad)))
-        source = torch.where(first, places[:, 1:2], places[:, :1])
-        return table_batch(tokens, i == length, names[:, 1:].expand_as(i), i <= length, source.expand_as(i))
-    return sample
-
 # %% ../nbs/00e_circuit_families.ipynb #chase
 def pointer_chase(
     generator:torch.Generator,
@@ -441,8 +463,7 @@ def pointer_chase(
 )->Plan:
     "Plan the repeated lookup of in-context pairs."
     if hops < 2 or lengths[0] < hops + 1:
-        raise ValueError(f"{hops} hops among {lengths[0]} pairs: use 2 hops or more, and at least one pair more than "
-                         f"hops")
+        raise ValueError(f"{hops} hops among {lengths[0]} pairs: use 2 hops or more, and more pairs than hops")
     p, E = Plan("pointer_chase", hops + 1, 2*lengths[1] + 3), frame(n_symbols, d, generator)
     found = [f"f^{k}" for k in range(1, hops)] + ["output"]
     p.codes |= {o: E for o in ("key", "value", "previous key", *found)}
@@ -494,15 +515,19 @@ def boolean(generator:torch.Generator)->Plan:
     lookup(p, 0, ("b3", "b4"), "h3", {k: k[0] & k[1] for k in two})
     lookup(p, 1, ("h1", "h2", "h3"), "y", {(*k, i): 2*(k[0] & k[1]) + i for k in two for i in (0, 1)})
     p.readout = {"y": p.codes["y"]}
+    p.sample, p.lengths = _boolean_sampler(bos, equals), (4, 4)
+    return p
+
+FAMILIES["boolean"] = boolean, .003
+
+# %% ../nbs/00e_circuit_families.ipynb #boolean-sampler
+def _boolean_sampler(bos, equals):
     def sample(n, lengths, generator):
         x, i = torch.randint(2, (n, 4), generator=generator), torch.arange(6).expand(n, -1)
         tokens = torch.cat([torch.full((n, 1), bos), x, torch.full((n, 1), equals)], 1)
         answer = 2*((x[:, 0] ^ x[:, 1]) & x[:, 2]) + (x[:, 2] & x[:, 3])
         return table_batch(tokens, i == 5, answer[:, None].expand(-1, 6), i >= 0)
-    p.sample, p.lengths = sample, (4, 4)
-    return p
-
-FAMILIES["boolean"] = boolean, .003
+    return sample
 
 # %% ../nbs/00e_circuit_families.ipynb #known-families
 def known_families()->list[dict]: # Name, task, shape, variables, numbers of edges and decoys

@@ -31,40 +31,34 @@ from .suites import read_partitions
 from .text import open_task
 from .toy_models import Task
 
-# %% ../nbs/03c_circuit_graph.ipynb #to-graph
-def to_graph(
-    model:nn.Module, moments:Moments, partitions:dict[str, Partition], edges:list[dict], # The kept edges
-    choice:dict|None=None, # What `find_circuit` says of it
-    least:float=.1, # Smallest share of variance that is drawn as staying in the stream
-)->nx.MultiDiGraph: # Its `graph` says of which model and partitions, and how it was chosen
-    "Draw up the graph of a circuit."
-    about = dict(model=fingerprint(model), partitions={s: p.fingerprint[:16] for s, p in partitions.items()},
-                 n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
-    if choice: about["choice"] = {k: v for k, v in choice.items() if k != "candidates"}
-    G, partitions, reads = nx.MultiDiGraph(**about), check_partitions(model,
-                                                                      partitions), {o["site_a"] for o in edges
-                                                                                    if o["a"] == "bias"}
+# %% ../nbs/03c_circuit_graph.ipynb #to-graph-nodes
+def _add_subspaces(G, partitions, edges):
+    "Add every subspace as a node, `bias` where an edge reads one, and what a model begins and ends with."
+    reads = {o["site_a"] for o in edges if o["a"] == "bias"}
     for site, p in partitions.items():
         for name, d in (p.sizes | ({"bias": 1} if site in reads else {})).items():
             G.add_node(f"{site}/{name}", kind="subspace", site=site, name=name, d=d)
     for name, kind in (("tokens", "input"), ("positions", "input"), ("logits", "output")): G.add_node(name, kind=kind)
-    for o in edges: _draw(G, o)
-    ordered = list(partitions.values())
-    for one, two in zip(ordered, ordered[1:]):
+
+def _add_skips(G, moments, partitions, least):
+    "Add an edge where at least a share of a subspace's variance stays in the stream up to the next site."
+    for one, two in pairwise(partitions.values()):
         for a, row in zip(one.names, skip_shares(moments, one, two).tolist()):
             for c, s in zip(two.names, row):
                 if s >= least:
                     G.add_edge(f"{one.site}/{a}", f"{two.site}/{c}", key="skip", type="skip", component=None, score=s,
                                unit="share of variance", p=None)
-    return G
 
-def _draw(G, o):
-    """Add one kept edge: a QK edge as a node that a query and a key lead to, edges of an MLP to one target as a joint
-    node."""
-    kind, named = {k: o.get(k) for k in ("component", "score", "unit", "p", "sign",
-                                         "necessity")}, lambda t: dict(key=f"{t} {o['component']}", type=t)
-    a, b = (f"{site}/{name}" if "/" not in site and "blocks" in site else site
+# %% ../nbs/03c_circuit_graph.ipynb #to-graph-edges
+def _ends(o):
+    "The nodes that an edge leads from and to."
+    return (f"{site}/{name}" if "/" not in site and "blocks" in site else site
             for site, name in ((o["site_a"], o["a"]), (o["site_b"], o["b"])))
+
+def _add_edge(G, o):
+    "Add one kept edge: a QK edge as a node with a query and a key, edges of an MLP to one target as a joint node."
+    (a, b), kind = _ends(o), {k: o.get(k) for k in ("component", "score", "unit", "p", "sign", "necessity")}
+    def named(t): return dict(key=f"{t} {o['component']}", type=t)
     if o["type"] == "QK":
         node = f"{o['component']}: {o['a']} ⋈ {o['b']}"
         G.add_node(node, kind="match", query=o["a"], key=o["b"], **kind)
@@ -79,6 +73,22 @@ def _draw(G, o):
                    p=None)
     G.add_edge(a, node, **named("MLP"), **kind)
 
+# %% ../nbs/03c_circuit_graph.ipynb #to-graph
+def to_graph(
+    model:nn.Module, moments:Moments, partitions:dict[str, Partition], edges:list[dict], # The kept edges
+    choice:dict|None=None, # What `find_circuit` says of it
+    least:float=.1, # Smallest share of variance that is drawn as staying in the stream
+)->nx.MultiDiGraph: # Its `graph` says of which model and partitions, and how it was chosen
+    "Draw up the graph of a circuit."
+    about = dict(model=fingerprint(model), partitions={s: p.fingerprint[:16] for s, p in partitions.items()},
+                 n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
+    if choice: about["choice"] = {k: v for k, v in choice.items() if k != "candidates"}
+    G, partitions = nx.MultiDiGraph(**about), check_partitions(model, partitions)
+    _add_subspaces(G, partitions, edges)
+    for o in edges: _add_edge(G, o)
+    _add_skips(G, moments, partitions, least)
+    return G
+
 # %% ../nbs/03c_circuit_graph.ipynb #graph-words
 EDGE_WORDS = dict(Q="query", K="key", OV="moved by the head", MLP="MLP", skip="stays in the stream", embed="embedding",
                   unembed="unembedding")
@@ -92,6 +102,7 @@ def three_digits(x:float|None)->str:
     if x is None: return "–"
     return (f"{x:,}" if isinstance(x, int) else f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}").replace("-", "−")
 
+# %% ../nbs/03c_circuit_graph.ipynb #score-words
 def score_words(
     o:dict, # An edge's attributes
 )->str:
@@ -134,7 +145,7 @@ def edge_rows(
 def add_examples(
     G:nx.MultiDiGraph, model:nn.Module, task:Task, partitions:dict[str, Partition], # From `to_graph`, and its
     k:int=3, n:int=50, seed:int=0, # Neighbours; sequences to look in
-)->nx.MultiDiGraph: # The same graph; its subspaces have `examples`, the first of which is the row that the others are like
+)->nx.MultiDiGraph: # The same graph; its subspaces have `examples`: a row, then those that are like it
     "Write to each subspace which tokens are nearest to one row there, by cosine."
     g = torch.Generator().manual_seed(seed)
     batch, show = task.sample(n, None, g, model.cfg.n_ctx), partial(readable, getattr(task, "tokenizer", None))
@@ -160,6 +171,7 @@ def save_circuit(
     "Write a circuit as node-link JSON."
     write_json(file, dict(version=CIRCUIT_VERSION) | nx.node_link_data(G, edges="edges"), "circuit")
 
+# %% ../nbs/03c_circuit_graph.ipynb #read-circuit
 def read_circuit(
     source:str|Path|dict, # A file of `save_circuit`, or what it holds
 )->nx.MultiDiGraph:
@@ -169,8 +181,7 @@ def read_circuit(
         try: held = read_json(source, "circuit", public=True)
         except ValueError as e:
             raise ValueError(f"{source} is no circuit: subspace-circuits circuit MODEL --partitions DIR --out "
-                             f"FILE.json "
-                             f"writes one ({e})") from None
+                             f"FILE.json writes one ({e})") from None
     if not isinstance(held, dict) or not {"nodes", "edges"} <= set(held):
         raise ValueError(f"{name} is no circuit: it has no nodes and edges")
     if held.get("version") != CIRCUIT_VERSION:
@@ -234,30 +245,34 @@ def _head_rows(G):
         if o.get("kind") == "match" and G.degree(i): rows[o["component"]].append(dict(o, id=i, label=node_name(G, i)))
     for s, t, k, e in G.edges(keys=True, data=True):
         if e["type"] == "OV":
-            rows[e["component"]].append(dict(e, id=(s, t, k), kind="moves",
-                                             label=f"{node_name(G, s)} → {node_name(G, t)}"))
+            label = f"{node_name(G, s)} → {node_name(G, t)}"
+            rows[e["component"]].append(dict(e, id=(s, t, k), kind="moves", label=label))
     return {k: sorted(v, key=lambda o: (o["kind"] == "moves", -abs(o.get("score") or 0))) for k, v in rows.items()}
 
 def _panels(depth, heads, n_heads, row):
     "The heads of one layer from top to bottom; those without an edge share one panel."
     names = sorted((o for o in heads if _head_depth(o) == depth), key=lambda o: [int(n) for n in re.findall(r"\d+", o)])
-    panels, idle = [dict(label=o, rows=heads[o], h=_HEAD + row*len(heads[o]) + 2) for o in names], n_heads - len(names)
+    panels = [dict(label=o, rows=heads[o], h=_HEAD + row*len(heads[o]) + 2) for o in names]
+    idle = n_heads - len(names)
     if idle <= 0: return panels
     label = (f"{'all' if not names else 'other'} {idle} heads" if idle > 1 else f"L{int(depth//3)}H0" if n_heads == 1
              else "other head")
     return panels + [dict(label=label, rows=[], idle="no edge survives", h=2*_HEAD)]
 
+# %% ../nbs/03c_circuit_graph.ipynb #head-boxes
+_CROWDED = 12 # Rows of a layer, beyond which a row has one line of text
+
 def _row_height(heads):
-    "Two lines a row, one if some layer has more than twelve of them."
+    "Two lines of text a row, one if some layer is crowded."
     layers = defaultdict(int)
     for k, rows in heads.items(): layers[_head_depth(k)] += len(rows)
-    return _DENSE if max(layers.values(), default=0) > 12 else _ROW
+    return _DENSE if max(layers.values(), default=0) > _CROWDED else _ROW
 
 def _head_boxes(G, xs):
     "Panels of the heads, stacked upwards from y = 0, and the boxes of their lines."
     heads, panels, boxes, wide = _head_rows(G), [], [], _WIDE["match"]
     row = _row_height(heads)
-    words = lambda r: score_words(r).replace(" stream", "") if row == _ROW else score_words(r).split(" ")[0]
+    def words(r): return score_words(r).replace(" stream", "") if row == _ROW else score_words(r).split(" ")[0]
     for depth in sorted({_head_depth(o) for o in heads} | {3*o + .5 for o in range(G.graph.get("n_layers") or 0)}):
         y = 0
         for o in reversed(_panels(depth, heads, G.graph.get("n_heads") or 0, row)):
@@ -307,6 +322,14 @@ def _wires(G, boxes):
                   for a, b in pairwise(via) if a in boxes and b in boxes]
     return sorted(found, key=lambda o: o["width"])
 
+# %% ../nbs/03c_circuit_graph.ipynb #route
+def _path(o):
+    "The curve of a line, as SVG writes it."
+    middle = (o["x1"] + o["x2"])/2
+    points = (o["x1"], o["y1"]), (middle, o["y1"]), (middle, o["y2"]), (o["x2"], o["y2"])
+    start, *rest = (f"{x:.1f},{y:.1f}" for x, y in points)
+    return f"M{start} C{' '.join(rest)}"
+
 def _route(boxes, lines):
     "Give each line its curve; lines that share a side of a box are spread over it in the order of where they lead."
     sides = defaultdict(list)
@@ -318,8 +341,7 @@ def _route(boxes, lines):
         for n, (o, y, _) in enumerate(ends, 1): o[y] = boxes[i]["y"] + boxes[i]["h"]*(n - .5)/len(ends)
     for o in lines:
         o["x1"], o["x2"] = boxes[o["a"]]["x"] + boxes[o["a"]]["w"], boxes[o["b"]]["x"]
-        middle = (o["x1"] + o["x2"])/2
-        o["path"] = f"M{o['x1']:.1f},{o['y1']:.1f} C{middle:.1f},{o['y1']:.1f} {middle:.1f},{o['y2']:.1f} {o['x2']:.1f},{o['y2']:.1f}"
+        o["path"] = _path(o)
 
 # %% ../nbs/03c_circuit_graph.ipynb #layout
 def _fit(text, room, letter):
@@ -327,6 +349,20 @@ def _fit(text, room, letter):
     n = int(room/letter)
     return text if len(text) <= n else text[:n - 1] + "…"
 
+def _fit_labels(o, squeeze, letter):
+    "Cut what a box says to its width; a size that has no room beside the label is left out."
+    room = squeeze*o["w"]
+    spare = room - (20 if o["kind"] in ("match", "moves") else 8)
+    if not o["tall"] and letter*(len(o["label"]) + .85*len(o["sub"])) + 14 > spare: o["sub"] = ""
+    o["label"] = _fit(o["label"], spare, letter)
+    if o["kind"] == "mlp": o["sub"] = _fit(o["sub"], spare, .85*letter)
+
+def _site_labels(boxes, xs):
+    "Where the name of each site stands."
+    sites = sorted({o["site"] for o in boxes.values() if o["kind"] == "subspace"}, key=site_depth)
+    return [dict(x=xs[site_depth(o)] + _WIDE["subspace"]/2, text=short_site(o), site=o) for o in sites]
+
+# %% ../nbs/03c_circuit_graph.ipynb #layout-all
 def layout(
     G:nx.MultiDiGraph, # From `to_graph` or `read_circuit`
     squeeze:float=1.,
@@ -339,21 +375,14 @@ def layout(
     lines = _wires(G, boxes)
     _route(boxes, lines)
     for i, o in boxes.items():
-        o["edges"], o["tall"], room = sorted({e["edge"] for e in lines
-                                              if i in (e["a"],
-                                                       e["b"])}), bool(o["sub"]) and o["h"] >= 32, squeeze*o["w"]
-        spare = room - (20 if o["kind"] in ("match", "moves") else 8)
-        if not o["tall"] and letter*(len(o["label"]) + .85*len(o["sub"])) + 14 > spare: o["sub"] = ""
-        o["label"] = _fit(o["label"], spare, letter)
-        if o["kind"] == "mlp": o["sub"] = _fit(o["sub"], spare, .85*letter)
-    sites = sorted({o["site"] for o in boxes.values() if o["kind"] == "subspace"}, key=site_depth)
-    labels = [dict(x=xs[site_depth(o)] + _WIDE["subspace"]/2, text=short_site(o), site=o) for o in sites]
-    bottom, top = max([_STREAM] + [o["y"] + o["h"] for o in boxes.values()]), min([0] + [o["y"]
-                                                                                         for o in panels
-                                                                                         + list(boxes.values())])
+        o["edges"] = sorted({e["edge"] for e in lines if i in (e["a"], e["b"])})
+        o["tall"] = bool(o["sub"]) and o["h"] >= 32
+        _fit_labels(o, squeeze, letter)
+    bottom = max([_STREAM] + [o["y"] + o["h"] for o in boxes.values()])
+    top = min([0] + [o["y"] for o in panels + list(boxes.values())])
     return dict(width=width, top=round(top - 30), height=round(bottom - top + 60), bottom=round(bottom), panels=panels,
-                labels=labels, boxes=list(boxes.values()),
-                lines=lines, types=[o for o in EDGE_WORDS if any(e["type"] == o for e in lines)])
+                labels=_site_labels(boxes, xs), boxes=list(boxes.values()), lines=lines,
+                types=[o for o in EDGE_WORDS if any(e["type"] == o for e in lines)])
 
 # %% ../nbs/03c_circuit_graph.ipynb #figure-lines
 EDGE_COLOURS = dict(Q="#2a66c8", K="#c26a00", OV="#0d806a", MLP="#8b9098", skip="#b4b8be", embed="#8a5a9e",
@@ -363,25 +392,29 @@ _PRINT_DASHES, _SQUEEZE = dict(MLP="dash", skip="dot"), {_ROW: .63, _DENSE: .9}
 def _curve(o, n=10):
     "Points of a line's curve."
     ts, middle = [i/n for i in range(n + 1)], (o["x1"] + o["x2"])/2
-    mix = lambda t, *p: round(sum(c*v for c, v in zip(((1 - t)**3, 3*t*(1 - t)**2, 3*t*t*(1 - t), t**3), p)), 1)
-    return [mix(t, o["x1"], middle, middle, o["x2"]) for t in ts], [mix(t, o["y1"], o["y1"], o["y2"], o["y2"])
-                                                                    for t in ts]
+    def mix(t, *p): return round(sum(c*v for c, v in zip(((1 - t)**3, 3*t*(1 - t)**2, 3*t*t*(1 - t), t**3), p)), 1)
+    return ([mix(t, o["x1"], middle, middle, o["x2"]) for t in ts],
+            [mix(t, o["y1"], o["y1"], o["y2"], o["y2"]) for t in ts])
+
+# %% ../nbs/03c_circuit_graph.ipynb #figure-traces
+def _style(kind, negative, colours, plain):
+    "Colour and dash of a line: black and dashed by type in print, else dashed if its score is negative."
+    style = dict(color="black" if plain else colours[kind])
+    if plain or negative: style["dash"] = _PRINT_DASHES.get(kind) if plain else "dash"
+    return style
 
 def _add_lines(fig, lines, colours, words, by, static):
-    """One trace for each line, one name in the legend for each type; in print, types are told by dashes, and a head's
-    by where they end."""
+    "Add one trace for each line, and one name in the legend for each type."
     names, plain = {}, static and by == "type"
     for o in sorted(lines, key=lambda o: o["type"] != "skip"):
         (x, y), kind = _curve(o), o[by]
-        name, style = "kept edge" if plain and kind not in _PRINT_DASHES else words[kind], dict(color="black" if plain
-                                                                                                else colours[kind])
-        if plain or o["negative"]: style["dash"] = _PRINT_DASHES.get(kind) if plain else "dash"
-        names[name] = min(list(words).index(kind),
-                          names.get(name, (math.inf,))[0]), style | dict(dash=_PRINT_DASHES.get(kind) if plain
-                                                                         else None)
-        fig.add_scatter(x=x, y=y, mode="lines", legendgroup=name, showlegend=False,
-                        line=dict(width=o["width"]*(.6 if plain else 1), shape="spline", simplify=False, **style),
-                        **dict(hoverinfo="skip") if static else dict(hoverinfo="text", text=html.escape(o["tip"])))
+        name, style = "kept edge" if plain and kind not in _PRINT_DASHES else words[kind], _style(
+            kind, o["negative"], colours, plain)
+        rank = min(list(words).index(kind), names.get(name, (math.inf,))[0])
+        names[name] = rank, style | dict(dash=_PRINT_DASHES.get(kind) if plain else None)
+        says = dict(hoverinfo="skip") if static else dict(hoverinfo="text", text=html.escape(o["tip"]))
+        line = dict(width=o["width"]*(.6 if plain else 1), shape="spline", simplify=False, **style)
+        fig.add_scatter(x=x, y=y, mode="lines", legendgroup=name, showlegend=False, line=line, **says)
     if not plain and any(o["negative"] for o in lines):
         names["negative"] = len(words), dict(color="#63676f", dash="dash")
     for k, (rank, style) in names.items():
@@ -401,6 +434,7 @@ def _link(explorer, G, o):
         return None
     return f"{explorer.rstrip('/')}/#{urlencode(dict(site=o['site'], subspace=o['name']))}"
 
+# %% ../nbs/03c_circuit_graph.ipynb #figure-hover
 def _box_words(o, link):
     "A box's name and, below or beside it, its size or score."
     text, small = html.escape(o["label"]), f"<span style='font-size: 9.5px'>{html.escape(o['sub'])}</span>"
@@ -423,15 +457,17 @@ def _add_hover(fig, boxes, links):
 # %% ../nbs/03c_circuit_graph.ipynb #figure-shapes
 def _shapes(o, ink, static):
     "Boxes, and the panels of heads behind them."
-    rect = lambda b, **style: dict(x0=round(b["x"]), x1=round(b["x"] + b["w"]), y0=round(b["y"], 1),
-                                   y1=round(b["y"] + b["h"], 1), **style)
-    panels = [rect(p, layer="below", line=dict(color=ink if static else "#dfe0e2",
-                                               dash="dot" if p.get("idle") else None)) for p in o["panels"]]
-    rows = [rect(b, fillcolor="#f7f7f5", line_width=0) for b in o["boxes"] if not static
-            and b["kind"] in ("match", "moves")]
-    return panels + rows + [rect(b, line=dict(color=ink if static else "#b4b8be",
-                                              dash="dash" if b["kind"] == "mlp" else None)) for b in o["boxes"]
-                                              if static or b["kind"] not in ("match", "moves")]
+    def rect(b, **style):
+        return dict(x0=round(b["x"]), x1=round(b["x"] + b["w"]), y0=round(b["y"], 1), y1=round(b["y"] + b["h"], 1),
+                    **style)
+    def row(b): return not static and b["kind"] in ("match", "moves")
+    panels = [rect(p, layer="below",
+                   line=dict(color=ink if static else "#dfe0e2", dash="dot" if p.get("idle") else None))
+              for p in o["panels"]]
+    rows = [rect(b, fillcolor="#f7f7f5", line_width=0) for b in o["boxes"] if row(b)]
+    boxes = [rect(b, line=dict(color=ink if static else "#b4b8be", dash="dash" if b["kind"] == "mlp" else None))
+             for b in o["boxes"] if not row(b)]
+    return panels + rows + boxes
 
 def _words(o, links, ink, plain):
     "Names of boxes, panels and sites, and the letters where queries and keys arrive."
@@ -444,6 +480,17 @@ def _words(o, links, ink, plain):
     return [*heads, *(w for b in o["boxes"] for w in _box_words(b, links[b["id"]])), *ends, *sites]
 
 # %% ../nbs/03c_circuit_graph.ipynb #circuit-figure
+def _theme(o, ink, least, static):
+    "The figure's layout but for shapes and words: as wide as the circuit, no axes, no arrows."
+    return dict(template="plotly_white", height=o["height"] + 80, margin=dict(l=0, r=0, t=60, b=0),
+                font=dict(size=11, color=ink, family="system-ui, Helvetica, Arial, sans-serif"),
+                meta=dict(width=o["width"], least=least*o["width"]),
+                dragmode=False if static else "pan", hovermode="closest", hoverdistance=12,
+                hoverlabel=dict(align="left", bgcolor="white", font=dict(color=ink)),
+                xaxis=dict(visible=False, fixedrange=static, range=[-6, o["width"] + 6]),
+                yaxis=dict(visible=False, fixedrange=static, range=[o["bottom"] + 30, o["top"]]),
+                legend=dict(orientation="h", x=0, y=1, yanchor="bottom", itemclick=False if static else "toggle"))
+
 def circuit_figure(
     G:nx.MultiDiGraph, # From `to_graph` or `read_circuit`
     explorer:str|None=None, # The address that `subspace-circuits explore` prints
@@ -458,18 +505,11 @@ def circuit_figure(
     links = {b["id"]: _link(explorer, G, b) for b in o["boxes"]}
     _add_lines(fig, o["lines"], colours, words, by, static)
     if not static: _add_hover(fig, o["boxes"], links)
-    fig.update_layout(template="plotly_white", height=o["height"] + 80, margin=dict(l=0, r=0, t=60, b=0),
-                      font=dict(size=11, color=ink, family="system-ui, Helvetica, Arial, sans-serif"),
-                      meta=dict(width=o["width"], least=least*o["width"]), shapes=_shapes(o, ink, static),
-                      annotations=_words(o, links, ink, static or by != "type"),
-                      dragmode=False if static else "pan", hovermode="closest", hoverdistance=12,
-                      hoverlabel=dict(align="left", bgcolor="white", font=dict(color=ink)),
-                      xaxis=dict(visible=False, fixedrange=static, range=[-6, o["width"] + 6]),
-                      yaxis=dict(visible=False, fixedrange=static, range=[o["bottom"] + 30, o["top"]]),
-                      legend=dict(orientation="h", x=0, y=1, yanchor="bottom", itemclick=False if static else "toggle"))
-    fig.layout.template.layout.update(annotationdefaults=dict(showarrow=False, borderpad=0, xanchor="left",
-                                                              align="left"),
-                                                              shapedefaults=dict(fillcolor="white", line_width=1))
+    fig.update_layout(shapes=_shapes(o, ink, static), annotations=_words(o, links, ink, static or by != "type"),
+                      **_theme(o, ink, least, static))
+    fig.layout.template.layout.update(
+        annotationdefaults=dict(showarrow=False, borderpad=0, xanchor="left", align="left"),
+        shapedefaults=dict(fillcolor="white", line_width=1))
     return fig
 
 # %% ../nbs/03c_circuit_graph.ipynb #diff
@@ -523,11 +563,15 @@ def diff_figure(
                           words={k: k for k in CHANGES}, **how)
 
 # %% ../nbs/03c_circuit_graph.ipynb #write-circuit
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title></head>
-<body style="margin: 0; background: white; font: 14px/1.5 system-ui, sans-serif; color: #1d1f23"><h1 style="font-size: 17px; margin: 12px 8px 4px">{title}</h1>
-<p style="margin: 0 8px 8px">{words}</p><div style="overflow-x: auto"><div style="min-width: {least}px; max-width: {most}px">{figure}</div></div></body></html>
-"""
-_CLICK = "document.getElementById('{plot_id}').on('plotly_click', o => { const to = o.points[0].data.meta; if (to) window.open(to, '_blank'); });"
+_PAGE = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title></head>\n'
+    '<body style="margin: 0; background: white; font: 14px/1.5 system-ui, sans-serif; color: #1d1f23">'
+    '<h1 style="font-size: 17px; margin: 12px 8px 4px">{title}</h1>\n'
+    '<p style="margin: 0 8px 8px">{words}</p><div style="overflow-x: auto">'
+    '<div style="min-width: {least}px; max-width: {most}px">{figure}</div></div></body></html>\n')
+_CLICK = ("document.getElementById('{plot_id}').on('plotly_click', o => { const to = o.points[0].data.meta; "
+          "if (to) window.open(to, '_blank'); });")
 
 def write_figure(
     fig, # From `circuit_figure` or `diff_figure`
@@ -547,6 +591,15 @@ def write_figure(
     write_text(file, _PAGE.format(title=html.escape(title), words=words, figure=div, least=least, most=most), kind)
 
 # %% ../nbs/03c_circuit_graph.ipynb #write-files
+def _held_circuit(out, job):
+    "The circuit that a file holds; refuse a file that holds another job's."
+    G = read_circuit(out)
+    for k, v in job.items():
+        if G.graph.get(k) != v:
+            raise ValueError(f"{out} holds a circuit with {k} {G.graph.get(k)!r}, not {v!r}: name another file, "
+                             f"or pass --overwrite")
+    return G
+
 def write_circuit(
     source:str, partitions:str|Path,
     out:str|Path, # What `open_task` takes; folder of one partition for each site; JSON file to write
@@ -566,14 +619,8 @@ def write_circuit(
     check_partitions(model, cuts)
     job = dict(source=str(source), task=task.name, seed=seed, answers=answers, model=fingerprint(model),
                partitions={k: v.fingerprint[:16] for k, v in cuts.items()})
-    G = None
-    if out.exists() and not overwrite:
-        G = read_circuit(out)
-        for k, v in job.items():
-            if G.graph.get(k) != v:
-                raise ValueError(f"{out} holds a circuit with {k} {G.graph.get(k)!r}, not {v!r}: name another file, "
-                                 f"or pass --overwrite")
-    if G is None:
+    if out.exists() and not overwrite: G = _held_circuit(out, job)
+    else:
         moments = Moments(model, task, seed=seed)
         edges, choice = find_circuit(model, task, moments, cuts, answers=answers, seed=seed)
         G = add_examples(to_graph(model, moments, cuts, edges, choice), model, task, cuts, seed=seed)

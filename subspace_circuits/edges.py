@@ -98,11 +98,15 @@ class Moments:
 # %% ../nbs/03a_edges.ipynb #check-partitions
 def check_partitions(
     model:nn.Module, partitions:dict[str, Partition], # By site
+    layers:range|None=None, # Which layers are looked at; all if not given
 )->dict[str, Partition]: # In the order of the sites
     """Raise unless every site has its own partition; behind the last MLP, which only logits read, the whole stream
     will do."""
-    sites, d, found = circuit_sites(model), model.cfg.d_model, dict(partitions)
-    if not model.cfg.attn_only: found.setdefault(sites[-1], Partition({"stream": torch.eye(d)}, sites[-1]))
+    c, d, found = model.cfg, model.cfg.d_model, dict(partitions)
+    every = circuit_sites(model)
+    touched = {s for i in layers or () for s in (read_site(i), write_site(i, c.attn_only), read_site(i + 1))}
+    sites = every if layers is None else [o for o in every if o in touched]
+    if not c.attn_only: found.setdefault(every[-1], Partition({"stream": torch.eye(d)}, every[-1]))
     for site in sites:
         if site not in found:
             raise ValueError(f"no partition of {site}: the ones given are of {', '.join(partitions) or 'no site'}")
@@ -334,7 +338,7 @@ NEURONS = 128 # How many are looked at, the largest
 
 def neuron_energy(
     m:Moments, layer:int, read:Partition, write:Partition, # Of the sites the MLP reads and writes
-    turns:Float[Tensor, "draw d column"]|None=None, # Rotations of what neurons read; those of eight draws before rotate what they write
+    turns:Float[Tensor, "draw d column"]|None=None, # Of what neurons read, eight draws later of what they write
 )->Float[Tensor, "... a c"]:
     "Compute the share of the energy that single neurons carry from each subspace to each, as they are or rotated."
     w, site = m.weights, write_site(layer)
@@ -482,7 +486,7 @@ def mlp_edges(m:Moments, layer:int, partitions:dict[str, Partition], turns)->lis
 def score_edges(
     model:nn.Module, moments:Moments, partitions:dict[str, Partition], # By site
     draws:int=256, seed:int=0, # Of random heads; of neurons twice as many up to 128 dimensions
-)->list[dict]: # component, layer, head, type, a, b, site_a, site_b, score, unit, sign, p, data_free, enrichment; of MLPs total, first, jacobian
+)->list[dict]: # component, layer, head, type, a, b, site_a, site_b, score, unit, sign, p, data_free, enrichment
     "Score every block of every component from weights and moments."
     if moments.model is not model:
         raise ValueError("these moments are of another model: pass Moments(model, task) of this one")

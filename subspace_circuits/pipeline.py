@@ -1,4 +1,5 @@
-"The main job: a model with a task, from activations to subspaces to a circuit to a report, in a folder that can be resumed."
+"""The main job: a model with a task, from activations to subspaces to a circuit to a report, in a folder that can be
+resumed. `run` is the whole of it; what it calls stands below it, in the order in which it is called."""
 import math, resource, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -8,27 +9,26 @@ import torch
 from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
-from subspace_circuits.activations import ActivationStore, STORE, capture, fingerprint, live, read_by
-from subspace_circuits.text import open_planted, open_task
+from subspace_circuits.activations import STORE, ActivationStore, capture, fingerprint, live, read_by
 from subspace_circuits.circuit_benchmark import key_grades, ranked, reported
-from subspace_circuits.circuit_graph import add_examples, save_circuit
-from subspace_circuits.forward import circuit_sites
+from subspace_circuits.circuit_graph import add_examples, save_circuit, to_graph
 from subspace_circuits.circuits import find_circuit
+from subspace_circuits.dependence import determination, subspace_information
 from subspace_circuits.edges import Moments
-from subspace_circuits.keep_only import KeepOnly, divergence
-from subspace_circuits.circuit_graph import to_graph
+from subspace_circuits.explorer import readable
 from subspace_circuits.files import check, kind_of, left_over, read_json, remove, sha256, walk, write_json
+from subspace_circuits.forward import circuit_sites
+from subspace_circuits.growth import grow_partition, learn_partition
+from subspace_circuits.keep_only import KeepOnly, divergence
 from subspace_circuits.known_circuits import KnownCircuit, decode, null_model
 from subspace_circuits.partition import (
     PARTITION, Partition, between_class, judge_shares, key_shares, name_subspaces, variable_shares)
-from subspace_circuits.dependence import determination, subspace_information
-from subspace_circuits.search import stored_sequences, written
-from subspace_circuits.growth import grow_partition, learn_partition
 from subspace_circuits.preimages import INDEX
-from subspace_circuits.explorer import readable
 from subspace_circuits.report import write_report
-from subspace_circuits.toy_models import Task, accuracy, attention, head_scores, load_model
+from subspace_circuits.search import stored_sequences, written
 from subspace_circuits.tasks import PairTask
+from subspace_circuits.text import open_planted, open_task
+from subspace_circuits.toy_models import Task, accuracy, attention, head_scores, load_model
 
 __all__ = ["run"]
 
@@ -44,39 +44,22 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     "Run the main job on a model into a folder, or continue it; returns the metrics."
     torch.set_num_threads(1)
     model, task, known = opened(name)
-    tests, sites = trials(task, model.cfg.n_ctx), run_sites(model, known)
+    out, sites = Path(out), run_sites(model, known)
     job = dict(model=name, seed=seed, version=__version__, model_sha256=fingerprint(model), task=task.name,
-               n_layers=model.cfg.n_layers,
-               n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
-    out = Path(out)
+               n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
     if claim(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
     clock = Clock(out/"seconds.json")
     with clock("capture"):
         store = capture(model, read_by(model, task), sites, out/"store", sequences=sequences_of(task), seed=seed)
-    with clock("partition"): partition_sites(name, out, sites, seed)
-    partitions = {o: own_partition(out, o, seed, job["model_sha256"]) for o in sites}
-    with clock("evidence"): evidence = {o: site_evidence(store, partitions[o], task, known, seed) for o in sites}
-    with clock("circuit"):
-        moments = Moments(model, task, seed=seed)
-        edges, found = find_circuit(model, task, moments, partitions, seed=seed)
-        graph = add_examples(to_graph(model, moments, partitions, edges, found), model, task, partitions, seed=seed)
-    with clock("keep-only"): scores = faithfulness(model, task, moments, partitions, edges, tests)
-    control, key = read_json(out/"control.json", "control"), against_key(known, partitions, edges,
-                                                                         found) if known else {}
-    write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()}, "evidence")
-    save_circuit(graph, out/"circuit.json")
-    write_json(out/"attention.json", example(model, task, seed), "attention")
-    batch = task.sample(200, generator=torch.Generator().manual_seed(seed))
-    metrics = dict(**scores, head_scores=head_scores(model, batch, task.jobs(batch)),
-                   sites={k: v["summary"] for k, v in evidence.items()},
-                   circuit=summary(edges, found) | key.get("circuit", {})
-                   | dict(kl_keep_only=scores["kl"]["keep_only"], control=control),
-                   partition=key.get("partition", {}), seconds=clock.seconds, peak_rss_mb=peak_rss_mb())
+    with clock("partition"): partitions = partition_sites(name, out, job)
+    with clock("evidence"): evidence = write_evidence(out, store, partitions, task, known, seed)
+    with clock("circuit"): moments, edges, found = wire(out, model, task, partitions, seed)
+    with clock("keep-only"): scores = keep_only_scores(model, task, moments, partitions, edges)
+    key = against_key(known, partitions, edges, found) if known else {}
+    write_metrics(out, model, task, evidence, scores, circuit_counts(edges, found), key, clock.seconds, seed)
     write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])), "run")
-    write_json(out/"metrics.json", rounded(metrics), "metrics")
     write_report(out)
-    listed = [o for o, ours in walk(out, RUN) if ours and out/"index" not in o.parents]
-    write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
+    list_files(out)
     return read_json(out/"metrics.json", "metrics")
 
 
@@ -185,18 +168,19 @@ def own_partition(out: Path, site: str, seed: int, weights: str) -> Partition:
     return p
 
 
-def partition_sites(name: str, out: Path, sites: list[str], seed: int):
-    "Find the partitions that are not there yet, and the control's, two processes at a time."
+def partition_sites(name: str, out: Path, job: dict) -> dict[str, Partition]:
+    "Find the partitions that are not there yet, and the control's, two processes at a time; all of them, by site."
+    sites, seed = job["sites"], job["seed"]
     jobs = [(partition_site, (name, str(out), o, seed)) for o in sites
             if not (folder_of(out, o)/"partition.json").exists()]
     if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed)))
-    if not jobs: return
-    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-    try:
-        for o in tqdm(as_completed([pool.submit(f, *args) for f, args in jobs]), total=len(jobs),
-                      desc="partition, and control"):
-            o.result()
-    finally: pool.shutdown(cancel_futures=True)
+    if jobs:
+        pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+        try:
+            done = as_completed([pool.submit(f, *args) for f, args in jobs])
+            for o in tqdm(done, total=len(jobs), desc="partition, and control"): o.result()
+        finally: pool.shutdown(cancel_futures=True)
+    return {o: own_partition(out, o, seed, job["model_sha256"]) for o in sites}
 
 
 def partition_site(name: str, out: str, site: str, seed: int):
@@ -250,6 +234,14 @@ def significant(edges: list) -> int:
     return sum(o["p"] is not None and o["p"] <= .05 for o in edges)
 
 
+def write_evidence(out: Path, store: ActivationStore, partitions: dict, task: Task, key: KnownCircuit | None,
+                   seed: int) -> dict:
+    "Measure every partition and write the matrices beside it; what is said of each, by site."
+    evidence = {o: site_evidence(store, p, task, key, seed) for o, p in partitions.items()}
+    write_json(out/"partitions.json", {k: v["matrices"] for k, v in evidence.items()}, "evidence")
+    return {k: v["summary"] for k, v in evidence.items()}
+
+
 def site_evidence(store: ActivationStore, p: Partition, task: Task, key: KnownCircuit | None, seed: int) -> dict:
     "What a report says of one partition: sizes, what is encoded, and how the subspaces depend on one another."
     rows, g = site_rows(store, p.site, key), torch.Generator().manual_seed(seed)
@@ -271,16 +263,26 @@ def site_evidence(store: ActivationStore, p: Partition, task: Task, key: KnownCi
                               mutual_information_null=mi_null)))
 
 
-def faithfulness(model, task, moments, partitions: dict, edges: list, tests: dict) -> dict:
+def wire(out: Path, model, task, partitions: dict, seed: int) -> tuple[Moments, list, dict]:
+    "Find the circuit between partitions and write its graph; the moments, the edges, and how they were chosen."
+    moments = Moments(model, task, seed=seed)
+    edges, found = find_circuit(model, task, moments, partitions, seed=seed)
+    graph = add_examples(to_graph(model, moments, partitions, edges, found), model, task, partitions, seed=seed)
+    save_circuit(graph, out/"circuit.json")
+    return moments, edges, found
+
+
+def keep_only_scores(model, task, moments, partitions: dict, edges: list) -> dict:
     """Accuracy of the model, of the keep-only model and of none, on what was trained and on what was not; KL of the
     keep-only model."""
     models = dict(full=model, keep_only=KeepOnly(model, moments, partitions, edges),
                   null=KeepOnly(model, moments, partitions, []))
+    tests = trials(task, model.cfg.n_ctx)
     scores = {k: {name: accuracy(o, *test, n=300, seed=5) for name, test in tests.items()} for k, o in models.items()}
     return dict(accuracy=scores, kl={k: divergence(model, models[k], task, seed=5) for k in ("keep_only", "null")})
 
 
-def summary(edges: list, found: dict) -> dict:
+def circuit_counts(edges: list, found: dict) -> dict:
     "Counts, curve and choice of a circuit."
     curve = [o for o in found["curve"] if o["stage"] != "budget" or o["epsilon"] in (0, found["epsilon"])]
     return dict(n_edges=len(edges), n_candidates=len(found["candidates"]),
@@ -305,7 +307,25 @@ def against_key(known: KnownCircuit, partitions: dict, edges: list, found: dict)
         homes=[dict(site=site, variable=k) | o._asdict() for (site, k), o in homes.items()]))
 
 
-def example(model, task, seed: int) -> dict:
+def write_metrics(out: Path, model, task, evidence: dict, scores: dict, counts: dict, key: dict, seconds: dict,
+                  seed: int):
+    "Write what the run measured, and the attention patterns of one sequence."
+    write_json(out/"attention.json", shown_attention(model, task, seed), "attention")
+    batch = task.sample(200, generator=torch.Generator().manual_seed(seed))
+    control = read_json(out/"control.json", "control")
+    circuit = counts | key.get("circuit", {}) | dict(kl_keep_only=scores["kl"]["keep_only"], control=control)
+    metrics = dict(**scores, head_scores=head_scores(model, batch, task.jobs(batch)), sites=evidence, circuit=circuit,
+                   partition=key.get("partition", {}), seconds=seconds, peak_rss_mb=peak_rss_mb())
+    write_json(out/"metrics.json", rounded(metrics), "metrics")
+
+
+def list_files(out: Path):
+    "List every file of a finished run by its hash."
+    listed = [o for o, ours in walk(out, RUN) if ours and out/"index" not in o.parents]
+    write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
+
+
+def shown_attention(model, task, seed: int) -> dict:
     "Attention patterns on one short sequence."
     lo, hi = task.lengths
     batch = task.sample(1, (max(lo, min(8, hi)),)*2, torch.Generator().manual_seed(seed))

@@ -34,7 +34,7 @@ def render(config: dict, metrics: dict, partitions: dict, attention: dict, circu
     env.filters |= dict(pct=pct, num=three_digits, score=score_words)
     graph = read_graph(circuit, metrics)
     return env.get_template("report.html.jinja").render(
-        config=config, metrics=metrics, claim=claim(metrics, graph), accuracy=accuracy_table(metrics),
+        config=config, metrics=metrics, claim=headline(metrics, graph), accuracy=accuracy_table(metrics),
         edge_words=EDGE_WORDS,
         drawing=layout(graph) | dict(edges=edge_rows(graph)) if circuit else None,
         curve=curve_figure(metrics.get("circuit", {})),
@@ -55,7 +55,7 @@ def buckets(accuracy: dict) -> list[str]:
     return sorted(accuracy.get("full", {}), key=lambda o: [int(n) for n in re.findall(r"\d+", o)])
 
 
-def claim(metrics: dict, graph) -> str:
+def headline(metrics: dict, graph) -> str:
     "What the run showed, in one sentence."
     circuit, accuracy = metrics.get("circuit", {}), metrics.get("accuracy", {})
     if not circuit and not graph.number_of_edges(): return "Subspaces found; no circuit was computed."

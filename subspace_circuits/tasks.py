@@ -107,9 +107,19 @@ class Sort(ListTask):
         place = torch.arange(x.shape[1])
         order = torch.where(place < length, x, self.tokenizer.n_symbols + place).argsort(1)
         source = torch.where(torch.arange(x.shape[1] + 1) < length, F.pad(order, (0, 1)), -1)
-        return x.gather(1, order), length, source, {"rank": (order.argsort(1),
-                                                             torch.where(source >= 0, torch.arange(source.shape[1]),
-                                                                         -1))}
+        asked = torch.where(source >= 0, torch.arange(source.shape[1]), -1)
+        return x.gather(1, order), length, source, {"rank": (order.argsort(1), asked)}
+
+# %% ../nbs/00a_tasks.ipynb #so-far
+def _so_far(x):
+    "Whether the symbol at a place equals each one up to it."
+    return (x[:, :, None] == x[:, None, :]).tril()
+
+def _counts_fit(hi, n_symbols):
+    "Refuse lists whose counts have no symbol."
+    if hi >= n_symbols:
+        raise ValueError(f"counts up to {hi} need the symbols 0 to {hi}, this alphabet has {n_symbols}: use "
+                         f"n_symbols={hi + 1}, or shorter lists")
 
 # %% ../nbs/00a_tasks.ipynb #counting-tasks
 class Count(ListTask):
@@ -143,16 +153,8 @@ class Majority(ListTask):
         x.copy_(torch.where((theirs.cumsum(1) == 1) & (theirs == 1), winner, x))
         so_far = _so_far(x).sum(-1)
         none = torch.full_like(winner.expand(-1, 2), -1)
-        return winner, torch.ones_like(length), none, {"count": (so_far,
-                                                                 F.pad(torch.where(tie, most + 1, most), (0, 1),
-                                                                       value=-1))}
-
-def _so_far(x): return (x[:, :, None] == x[:, None, :]).tril()
-
-def _counts_fit(hi, n_symbols):
-    if hi >= n_symbols:
-        raise ValueError(f"counts up to {hi} need the symbols 0 to {hi}, this alphabet has {n_symbols}: use "
-                         f"n_symbols={hi + 1}, or shorter lists")
+        votes = F.pad(torch.where(tie, most + 1, most), (0, 1), value=-1)
+        return winner, torch.ones_like(length), none, {"count": (so_far, votes)}
 
 # %% ../nbs/00a_tasks.ipynb #label-task
 class LabelTask(Task):
@@ -194,7 +196,8 @@ class FractionPrevious(LabelTask):
     name = "fraction_previous"
     def __init__(self, n_symbols:int=16):
         if n_symbols < 11:
-            raise ValueError(f"tenths need the symbols 0 to 10, this alphabet has {n_symbols}: use n_symbols=11 or more")
+            raise ValueError(f"tenths need the symbols 0 to 10, this alphabet has {n_symbols}: use n_symbols=11 or "
+                             f"more")
         super().__init__(Tokenizer(n_symbols), n_symbols=n_symbols)
 
     def _fits(self, hi): pass
@@ -399,9 +402,9 @@ class IndirectObject(PairTask):
 
     def counterfactual(self,
                        batch:Batch, # Sequences of this task
-                       change:str, # "position": the first two names change places, the answer stays; "subject": the other name acts, the answer changes
+                       change:str, # "position": the first two names change places; "subject": the other name acts
     )->Batch:
-        "The same sequences with one thing changed."
+        "Change one thing in the same sequences: `position` leaves the answer as it is, `subject` changes it."
         if change not in ("position", "subject"):
             raise ValueError(f"unknown change {change!r}: use position or subject")
         first, second, subject, place, thing, io = (batch.tokens[:, o] for o in (1, 3, 8, 6, 10, 12))
@@ -458,13 +461,13 @@ def fourier_plane(
 
 # %% ../nbs/00a_tasks.ipynb #model-scores
 def residues(
-    model:nn.Module, task:Task, # A model of a `Sum`
+    model:nn.Module, task:Task, # A model of a `Sum`, and that task
 )->Float[Tensor, "p d_model"]: # The embeddings of the first terms
     "The embedding of each residue of a modular task."
     return parameters(model)["tok_embed.weight"].detach()[:task.modulus]
 
 def model_scores(
-    model:nn.Module, task:Task,
+    model:nn.Module, task:Task, # A model, and the task to score it on
     ranges:list[tuple[int,int]]=(), # Ranges of list lengths; pairs are scored as trained and as held out
     n:int=1000, # Sequences of each
 )->dict[str, float]: # What was scored to accuracy

@@ -8,8 +8,8 @@ import torch
 from subspace_circuits.edges import planted_partitions
 from subspace_circuits.circuit_benchmark import (
     DECIDING, LEARNERS, METHODS, as_table, attribution, circuit, co_moments, compare_methods,
-    compare_random, composition, forms, found_key, grade, key_grade, read_grades, reported, run,
-    shuffled, summary_of_learners, summary_of_methods)
+    compare_random, composition, forms, found_key, grade, key_grade, read_grades, reported, trace_run,
+    in_random_order, summary_of_learners, summary_of_methods)
 from subspace_circuits.forward import Weights, read_site, write_site
 from subspace_circuits.edges import Moments, identity, score_edges
 from subspace_circuits.known_circuits import DECOYS, key_values
@@ -51,7 +51,7 @@ def test_runs_are_the_model(norm):
     net = new_model(20, 2, 4, 32, 16, normalization_type=norm).requires_grad_(False)
     w, tokens = Weights(net), torch.arange(12)[None]
     at = torch.arange(12)[None]
-    found = run(w, w.embed(tokens, at))
+    found = trace_run(w, w.embed(tokens, at))
     assert torch.allclose(w.logits(found.stream[w.sites[-1]]), w.logits(w.trace(tokens, at)[0][w.sites[-1]]), atol=1e-4)
     for a, b in zip(found.scores, w.trace(tokens, at)[1]): assert torch.allclose(w.softmax(a), b, atol=1e-5)
 
@@ -88,9 +88,9 @@ def test_rotary_models_are_refused():
 def test_ties_are_broken_at_random():
     scores = {("L0H0", "QK", "a", str(i)): 0. for i in range(50)}
     true = {("L0H0", "QK", "a", "0")}
-    hits = sum(reported(shuffled(scores, s), dict(QK=1)) == true for s in range(200))
+    hits = sum(reported(in_random_order(scores, s), dict(QK=1)) == true for s in range(200))
     assert 0 < hits < 20
-    assert shuffled(scores, 1) == scores and reported(scores) == set()
+    assert in_random_order(scores, 1) == scores and reported(scores) == set()
 
 
 def whole(known):
@@ -194,7 +194,8 @@ def test_comparison_is_kept(tmp_path, monkeypatch):
                                                                 "AP, no excuse", "exact, no excuse"),
                                                                 0.) | dict(models=1, seconds=None)
     assert as_table(table,
-                    "subspaces").splitlines()[0] == "| subspaces | isolated | AP | exact | isolated, no excuse | AP, no excuse | exact, no excuse | models |"
+                    "subspaces").splitlines()[0] == (
+        "| subspaces | isolated | AP | exact | isolated, no excuse | AP, no excuse | exact, no excuse | models |")
 
 
 def test_table_of_a_family():

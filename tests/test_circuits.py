@@ -51,10 +51,8 @@ def model_of(shape):
 def cut(net, seed=0):
     "Random partitions into four parts."
     g = torch.Generator().manual_seed(seed)
-    return {s: Partition({f"s{i}": o
-                          for i, o in enumerate(torch.linalg.qr(torch.randn(32, 32, generator=g))[0].split([4, 12, 8,
-                                                                                                            8], 1))},
-                                                                                                            s) for s in circuit_sites(net)}
+    def four(): return torch.linalg.qr(torch.randn(32, 32, generator=g))[0].split([4, 12, 8, 8], 1)
+    return {s: Partition({f"s{i}": o for i, o in enumerate(four())}, s) for s in circuit_sites(net)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -56,7 +56,8 @@ def test_run_of_a_planted_model(tmp_path):
     assert circuit["no_excuse_average_precision"] <= circuit["strict_average_precision"] <= 1
     assert not {"exact", "average_precision"} & circuit.keys()
     assert circuit["strict_exact"] <= (key["isolated"] == 3)
-    said = f"the answer key: {key['isolated']} of 3 variables isolated ({key['isolated_no_excuse']} without excuse); circuit {'' if circuit['strict_exact'] else 'not '}exact"
+    said = (f"the answer key: {key['isolated']} of 3 variables isolated ({key['isolated_no_excuse']} without excuse); "
+            f"circuit {'' if circuit['strict_exact'] else 'not '}exact")
     assert said in out
     # no longer lists than it was planted for
     assert metrics["circuit"]["control"]["n_edges"] == 0 and list(metrics["accuracy"]["keep_only"].values()) == [1.]
@@ -240,7 +241,8 @@ def test_circuit_and_diff(tmp_path):
     shutil.rmtree(cut/"1")
     Partition({"all": torch.eye(known.model.cfg.d_model)}, "blocks.0.hook_resid_post").save_pretrained(cut/"1")
     code, printed, error = call(*job[:-1], tmp_path/"coarse.json")
-    assert code == 0 and "L1H0       QK       all ⋈ all" in printed and "significant components alone do not do the task" in printed, error
+    assert code == 0 and "L1H0       QK       all ⋈ all" in printed, error
+    assert "significant components alone do not do the task" in printed, error
     shutil.rmtree(cut/"1")
     assert "no partition of blocks.0.hook_resid_post" in refused(*job[:-1], tmp_path/"other.json")
     assert not list(tmp_path.glob("other*"))

@@ -147,7 +147,8 @@ def test_runs_that_are_refused(run, tmp_path):
 def choose(page, id, value):
     "Set a control as a person would."
     turn = int(page.run("document.body.dataset.turn"))
-    page.run(f"{{ const o = document.getElementById({json.dumps(id)}); o.value = {json.dumps(value)}; o.dispatchEvent(new Event('change')); }}")
+    page.run(f"{{ const o = document.getElementById({json.dumps(id)}); o.value = {json.dumps(value)}; "
+             "o.dispatchEvent(new Event('change')); }")
     settle(page, turn)
 
 
@@ -294,7 +295,7 @@ def test_command_writes_a_file(run, tmp_path):
 
 def test_command_serves_until_it_is_stopped(run):
     process = subprocess.Popen(command("explore", run), stdout=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background ignores it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # else ignored
     try:
         address = process.stdout.readline().split()[0]
         assert address.startswith("http://127.0.0.1:")

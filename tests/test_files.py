@@ -44,9 +44,10 @@ def plain(o):
 def job(tmp_path_factory):
     "A finished run with an index, its subspaces found in closed form to be quick, and what it is the run of."
     run, claimed = tmp_path_factory.mktemp("files")/"run", []
-    def here(name, out, sites, seed):
-        for o in sites: pipeline.partition_site(name, out, o, seed)
+    def here(name, out, job):
+        for o in job["sites"]: pipeline.partition_site(name, out, o, job["seed"])
         write_json(out/"control.json", dict(n_edges=0), "control")
+        return {o: pipeline.own_partition(out, o, job["seed"], job["model_sha256"]) for o in job["sites"]}
     def note(out, job, *how):
         claimed.append(job)
         return claim(out, job, *how)

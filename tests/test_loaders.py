@@ -1,4 +1,5 @@
-"Models made by others, opened from their files: they compute what their authors' code computes and score what was published."
+"""Models made by others, opened from their files: they compute what their authors' code computes and score what was
+published."""
 import math, os, shutil, struct
 from pathlib import Path
 
@@ -17,7 +18,8 @@ needs_models = pytest.mark.skipif(not models.exists(),
                                   reason="models of others are not here: ../shared/models is absent")
 copying, stories, modular = models/"decompiling_transformers", models/"stories260K", models/"modular_addition_113"
 
-# accuracy at list lengths 0-50, 51-100, 101-150 as published, out of 2000; attention of the previous-token and of the induction head
+# accuracy at list lengths 0-50, 51-100, 101-150 as published, out of 2000;
+# attention of the previous-token and of the induction head
 published = {
     "unique_copy-@2l1h64d3lr01drop": ((1., 1., .9905), ("L0H0", 1.), ("L1H0", 1.)),
     "unique_copy-^2l1h64d3lr01drop-1100": ((.263, 0., 0.), ("L0H0", .38), ("L1H0", .69)),
@@ -151,10 +153,10 @@ def llama_forward(file, tokens):
         nonlocal x
         out, x = x[:math.prod(shape)].view(shape), x[math.prod(shape):]
         return out
-    embed, rms_att, wq, wk, wv, wo = take(v, d), take(n, d), take(n, d, d), take(n, d*k//h, d), take(n, d*k//h,
-                                                                                                     d), take(n, d, d)
-    rms_ffn, w1, w2, w3, rms_final, cos, sin = take(n, d), take(n, m, d), take(n, d, m), take(n, m,
-                                                                                              d), take(d), take(t, d//h//2), take(t, d//h//2)
+    shapes = (v, d), (n, d), (n, d, d), (n, d*k//h, d), (n, d*k//h, d), (n, d, d)
+    embed, rms_att, wq, wk, wv, wo = (take(*o) for o in shapes)
+    shapes = (n, d), (n, m, d), (n, d, m), (n, m, d), (d,), (t, d//h//2), (t, d//h//2)
+    rms_ffn, w1, w2, w3, rms_final, cos, sin = (take(*o) for o in shapes)
     assert len(x) == 0
     turn = torch.complex(cos, sin)[:tokens.shape[1]]
     def rotate(y):
@@ -232,8 +234,8 @@ def test_stories_own_text():
     text = generate(model, pieces.bos, 64, 128, torch.Generator().manual_seed(0))
     assert text.equal(generate(model, pieces.bos, 64, 128, torch.Generator().manual_seed(0)))
     logits = model(text)[:, :-1]
-    surprise, expected = F.cross_entropy(logits.flatten(0, 1),
-                                         text[:, 1:].flatten()), torch.distributions.Categorical(logits=logits).entropy().mean()
+    surprise = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+    expected = torch.distributions.Categorical(logits=logits).entropy().mean()
     assert abs(surprise - expected) < .06 and 1.1 < surprise < 1.5
     assert "Once upon a time" in pieces.decode(text.flatten())
 
@@ -394,7 +396,8 @@ def test_damaged_llama(tmp_path):
     for name, data in dict(empty=b"", short=b"\0"*20, zeros=b"\0"*400,
                            magic=struct.pack("<7i", 0x616b3432, 1, 64, 172, 5, 8, 4) + b"\0"*400).items():
         (tmp_path/f"{name}.bin").write_bytes(data)
-        assert "has no llama2.c header" in refused(tmp_path/f"{name}.bin") or "its header asks for" in refused(tmp_path/f"{name}.bin")
+        said = refused(tmp_path/f"{name}.bin")
+        assert "has no llama2.c header" in said or "its header asks for" in said
     for data in (b"", b"\5\0\0\0" + struct.pack("<fi", 0., 9) + b"abc", b"\5\0\0\0" + struct.pack("<fi", 0., -1),
                  b"\5\0\0\0" + struct.pack("<fi", 0., 1) + b"a"):
         (tmp_path/"tok.bin").write_bytes(data)

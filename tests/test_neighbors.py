@@ -1,4 +1,5 @@
-"Searches equal the plainest program bit for bit, whatever the shapes, the data and the processes; mutual information does not see what it must not."
+"""Searches equal the plainest program bit for bit, whatever the shapes, the data and the processes; mutual information
+does not see what it must not."""
 import os, subprocess, sys
 
 import numpy as np
@@ -98,11 +99,14 @@ def refusal(queries, keys, n=1):
     except ValueError as error: return str(error)
 own = dict(query_group=o["group"][:120], key_group=o["group"][120:][mine])
 place = dict(query_position=o["place"][:120], key_position=o["place"][120:][mine], window=3)
-for name, ask in dict(plain={}, many=dict(k=60), own=own | dict(k=4), window=own | place | dict(k=4), cosine=dict(metric="cosine", k=3), faiss=dict(backend="faiss", k=50)).items():
+asks = dict(plain={}, many=dict(k=60), own=own | dict(k=4), window=own | place | dict(k=4),
+            cosine=dict(metric="cosine", k=3), faiss=dict(backend="faiss", k=50))
+for name, ask in asks.items():
     found = nearest_neighbors(q, k, [4, 5], process_group=dist.group.WORLD, **ask)
     out |= {name + ".distance": found.distance, name + ".index": found.index}
 save_file(out, f"{sys.argv[2]}/{rank}.safetensors")
-lines = refusal(q, torch.cat([k, torch.full((1, 9), torch.nan)]) if rank == 2 else k), refusal(q + 1 if rank == 1 else q, k), refusal(q, k, 5000)
+holed = torch.cat([k, torch.full((1, 9), torch.nan)]) if rank == 2 else k
+lines = refusal(q, holed), refusal(q + 1 if rank == 1 else q, k), refusal(q, k, 5000)
 open(f"{sys.argv[2]}/{rank}.txt", "w").write("\\n".join(lines))
 dist.barrier()
 dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"What a user passes by mistake to a partition's saving, reading, comparing, baselines and stability is refused in one line; what is unusual and right is not."
+"""What a user passes by mistake to a partition's saving, reading, comparing, baselines and stability is refused in one
+line; what is unusual and right is not."""
 import json, math, os, pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -325,8 +326,8 @@ def test_another_score_decides():
     h = torch.randn(2000, 8, generator=seeded())
     assert stability(h, "site", fit, score=lambda p, rows: 0.).verdict.startswith("not identified: 3 different answers")
     prefers = lambda p, rows: -compare(p, cut(rotation(8, 1), [4, 4])).mean
-    assert stability(h, "site", fit,
-                     score=prefers).verdict == "not stable: they differ in s0, s1; a refit explains held-out rows better"
+    said = stability(h, "site", fit, score=prefers).verdict
+    assert said == "not stable: they differ in s0, s1; a refit explains held-out rows better"
     dislikes = lambda p, rows: -compare(p, cut(rotation(8), [4, 4])).mean
     assert stability(h, "site", fit, score=dislikes).verdict == "not stable: they differ in s0, s1"
 

@@ -1,4 +1,5 @@
-"The published algorithm takes the same steps whether one process searches the keys or two search a part each; a race against a public checkout leaves no trace and is not won by standing still."
+"""The published algorithm takes the same steps whether one process searches the keys or two search a part each; a race
+against a public checkout leaves no trace and is not won by standing still."""
 import os, subprocess, sys
 from itertools import count
 from types import SimpleNamespace
@@ -35,8 +36,10 @@ torch.distributed.destroy_process_group()
 def rows():
     "Two independent variables of three dimensions, mixed, with ties."
     g = torch.Generator().manual_seed(0)
-    h = torch.cat([torch.randn(9, 3, generator=g)[torch.randint(9, (2000,), generator=g)]*torch.rand(2000, 1,
-                                                                                                     generator=g).round(decimals=1) for _ in range(2)], 1)
+    def variable():
+        codes, which = torch.randn(9, 3, generator=g), torch.randint(9, (2000,), generator=g)
+        return codes[which]*torch.rand(2000, 1, generator=g).round(decimals=1)
+    h = torch.cat([variable() for _ in range(2)], 1)
     return h@torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
 
 
@@ -80,7 +83,8 @@ class NewUnevenRTrainer(nn.Module):
         y = torch.cat([next(self.buffer) for _ in range(self.cfg.search_steps)])
         assert x.dtype == y.dtype == self.buffer.buffer_dtype
         z, k = x.float()@self.R.weight, y.float()@self.R.weight
-        return sum(torch.cdist(a, b).min(1).values.mean() for a, b in zip(z.split(self.partition, 1), k.split(self.partition, 1)))/len(self.partition)
+        blocks = zip(z.split(self.partition, 1), k.split(self.partition, 1))
+        return sum(torch.cdist(a, b).min(1).values.mean() for a, b in blocks)/len(self.partition)
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from subspace_circuits.files import write_json
 from subspace_circuits.pipeline import JSONS
-from subspace_circuits.report import claim, read_graph, write_report
+from subspace_circuits.report import headline, read_graph, write_report
 
 pre, mid = "blocks.0.hook_resid_pre", "blocks.0.hook_resid_mid"
 match = "L0H0: position ⋈ position"
@@ -109,7 +109,7 @@ def test_config_alone(tmp_path):
 
 def test_claim_without_baseline():
     metrics = dict(circuit=dict(n_edges=1), accuracy=dict(full={"0-5": 0.}, keep_only={"0-5": 0.}))
-    assert claim(metrics, read_graph({}, {})) == "The circuit keeps 1 edge."
+    assert headline(metrics, read_graph({}, {})) == "The circuit keeps 1 edge."
 
 
 def test_not_a_run_folder(tmp_path):

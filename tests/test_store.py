@@ -13,7 +13,8 @@ program = """
 import resource, signal, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from subspace_circuits.activations import capture, load_model
+from subspace_circuits.activations import capture
+from subspace_circuits.toy_models import load_model
 model, task, _ = load_model("induction")
 if len(sys.argv) > 2:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -32,7 +33,8 @@ def die(rows, file, metadata):
     save(rows, file, metadata)
     if rank == 1 and "00005" in str(file): os.kill(os.getpid(), signal.SIGKILL)
 files.save_file = die
-model, task, _ = a.load_model("induction")
+from subspace_circuits.toy_models import load_model
+model, task, _ = load_model("induction")
 a.capture(model, task, ["blocks.0.hook_resid_mid"], Path(sys.argv[1]), shards=9, sequences=16)
 """
 

@@ -6,45 +6,8 @@ from tempfile import TemporaryDirectory
 
 def find_browser()->str|None: # A command
     "Find a Chromium on this machine."
-    return next(filter(None, map(shutil.which,
-                                 ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))),
-                                 None)
-
-class _Pipe:
-    "A headless Chromium at the other end of a pipe: messages are JSON, a zero byte ends each."
-    def __init__(self, width, height, folder):
-        if not (found := find_browser()): raise ValueError("no browser: install chromium")
-        (theirs, self.out), (into, ours) = os.pipe(), os.pipe()
-        start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
-                 f"--user-data-dir={folder}", f"--window-size={width},{height}", "about:blank"]
-        self.process = subprocess.Popen([sys.executable, "-c", start, str(theirs), str(ours), found, *flags],
-                                        pass_fds=(theirs, ours), stderr=subprocess.DEVNULL)
-        os.close(theirs), os.close(ours)
-        self.reader, self.session, self.count, self.events = os.fdopen(into, "rb"), None, 0, []
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.reader.close()
-        os.close(self.out)
-
-    def read(self):
-        message = bytearray()
-        while (o := self.reader.read(1)) != b"\0":
-            if not o: raise ValueError("the browser has ended: start it again")
-            message += o
-        return json.loads(message)
-
-    def send(self, method, **params):
-        "Send a command and wait for its result; events on the way are kept."
-        self.count += 1
-        message = (dict(id=self.count, method=method, params=params)
-                   | (dict(sessionId=self.session) if self.session else {}))
-        os.write(self.out, json.dumps(message).encode() + b"\0")
-        while (o := self.read()).get("id") != self.count: self.events.append(o)
-        if "error" in o: raise ValueError(f"{method}: {o['error']['message']}")
-        return o["result"]
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 class Browser:
@@ -83,6 +46,7 @@ class Browser:
             time.sleep(.02)
 
     def open(self, address:str):
+        "Load a page."
         self.send("Page.navigate", url=address)
         self.wait("document.readyState === 'complete'")
 
@@ -97,3 +61,41 @@ class Browser:
         "Save a screenshot."
         Path(file).write_bytes(base64.b64decode(self.send("Page.captureScreenshot",
                                                           captureBeyondViewport=whole)["data"]))
+
+
+class _Pipe:
+    "A headless Chromium at the other end of a pipe: messages are JSON, a zero byte ends each."
+    def __init__(self, width, height, folder):
+        if not (found := find_browser()): raise ValueError("no browser: install chromium")
+        (theirs, self.out), (into, ours) = os.pipe(), os.pipe()
+        start = ("import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
+                 "os.execvp(sys.argv[3], sys.argv[3:])")
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
+                 f"--user-data-dir={folder}", f"--window-size={width},{height}", "about:blank"]
+        self.process = subprocess.Popen([sys.executable, "-c", start, str(theirs), str(ours), found, *flags],
+                                        pass_fds=(theirs, ours), stderr=subprocess.DEVNULL)
+        os.close(theirs), os.close(ours)
+        self.reader, self.session, self.count, self.events = os.fdopen(into, "rb"), None, 0, []
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.reader.close()
+        os.close(self.out)
+
+    def read(self):
+        message = bytearray()
+        while (o := self.reader.read(1)) != b"\0":
+            if not o: raise ValueError("the browser has ended: start it again")
+            message += o
+        return json.loads(message)
+
+    def send(self, method, **params):
+        "Send a command and wait for its result; events on the way are kept."
+        self.count += 1
+        message = (dict(id=self.count, method=method, params=params)
+                   | (dict(sessionId=self.session) if self.session else {}))
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while (o := self.read()).get("id") != self.count: self.events.append(o)
+        if "error" in o: raise ValueError(f"{method}: {o['error']['message']}")
+        return o["result"]

@@ -7,6 +7,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+from subspace_circuits.bench import figure, side_by_side
 from subspace_circuits.files import sha256, write_json
 from subspace_circuits.toy_models import Task
 from subspace_circuits.activations import ActivationStore, capture, given, moments, save_shard, stream_sites
@@ -74,29 +75,36 @@ def peak_memory(
     return seen[0]
 
 
-def _linked_store(folder, shards, rows, width, files=1):
-    "A store of many shards, which are links to a few files of random numbers."
+def linked_store(
+    folder:Path, # An empty folder
+    shards:int, rows:int, # Number of shards, and rows of each
+    width:int, # Of its only site, `a`
+    files:int=1, # Shards that are written; the others are links to them
+)->Path: # The folder
+    "Make a store of many shards, which are links to a few files of random numbers."
     listed, g = [], torch.Generator().manual_seed(0)
     for i in range(shards):
         file = folder/f"shard-{i:05d}.safetensors"
         if i < files:
-            listed.append(dict(rows=rows,
-                               **(o := save_shard({"a": torch.randn(rows, width, generator=g),
-                                                   "token": torch.zeros(rows, dtype=torch.int32)}, file)), moments=o))
-        else: os.link(folder/listed[i % files]["file"], file); listed.append(listed[i % files] | dict(file=file.name))
+            tensors = {"a": torch.randn(rows, width, generator=g), "token": torch.zeros(rows, dtype=torch.int32)}
+            saved = save_shard(tensors, file)
+            listed.append(dict(rows=rows, **saved, moments=saved))
+        else:
+            os.link(folder/listed[i % files]["file"], file)
+            listed.append(listed[i % files] | dict(file=file.name))
     write_json(folder/"store.json", dict(format=1, capture=dict(sites=["a"]), shards=listed), "store")
     return folder
 
 def opening_seconds(rows:int=10**7)->float:
     "Median seconds to open a store of shards of 8,192 rows, and to know its length."
     with TemporaryDirectory() as folder:
-        _linked_store(Path(folder), -(-rows//8192), 8192, 1)
+        linked_store(Path(folder), -(-rows//8192), 8192, 1)
         return side_by_side({"open": lambda: len(ActivationStore(folder))}, 11)["open"]
 
 def hashing_speed(rows:int=2**17)->float: # GB/s, from page cache
     "What the first read of a shard costs a process, as `verify` costs each time: its bytes are hashed."
     with TemporaryDirectory() as folder:
-        files = sorted(_linked_store(Path(folder), rows//2**14, 2**14, 768, files=rows//2**14).glob("*.safetensors"))
+        files = sorted(linked_store(Path(folder), rows//2**14, 2**14, 768, files=rows//2**14).glob("*.safetensors"))
         start = time.perf_counter()
         for o in files: sha256(o, again=True)
         return sum(o.stat().st_size for o in files)/(time.perf_counter() - start)/1e9
@@ -107,7 +115,7 @@ def batch_speed(
 )->float: # GB/s of float32, from page cache
     "Read random batches of a store that has just been read."
     with TemporaryDirectory() as folder:
-        store = ActivationStore(_linked_store(Path(folder), rows//2**14, 2**14, 768, files=rows//2**14))
+        store = ActivationStore(linked_store(Path(folder), rows//2**14, 2**14, 768, files=rows//2**14))
         for o in store.shards("a"): o.sum()
         seconds = []
         draws = store.batches("a", size, epochs=2)
@@ -118,14 +126,13 @@ def batch_speed(
         return size*768*4/sorted(seconds)[len(seconds)//2]/1e9
 
 
-
 def _speed_figures(name, model, batch, length, rounds):
     bare, *others = capture_speed(model, batch, length, rounds).items()
     yield figure(f"{name}, {bare[0]}", bare[1], "tokens/s")
     for k, v in others: yield figure(f"{name}, {k}", v/bare[1], "of the forward pass", "at least .85", v >= .85*bare[1])
 
 def _memory_figures(sizes):
-    ask = "from subspace_circuits.activations import peak_memory; print(peak_memory({}))"
+    ask = "from subspace_circuits.bench.capture import peak_memory; print(peak_memory({}))"
     peaks = [float(subprocess.run([sys.executable, "-c", ask.format(o)], stdout=subprocess.PIPE, text=True,
                                   check=True).stdout) for o in sizes]
     for n, o in zip(sizes, peaks):

@@ -19,40 +19,39 @@ from subspace_circuits.bench import figure
 
 
 def scoring_cost(
-    d_model:int=768, n_layers:int=12,
-    n_heads:int=12, vocabulary:int=50_000, subspaces:int=12, threads:int=2, # Of the model, of each site, of torch
-)->tuple[float,
-float]: # Seconds of `score_edges` once there are moments; GB that the process has ever held, model included
-    "Score a random model, GPT-2-small-shaped unless told otherwise, between random subspaces."
+    d_model:int=768, n_layers:int=12, n_heads:int=12, vocabulary:int=50_000, # Of the model
+    subspaces:int=12, threads:int=2, # Of each site; of torch
+)->tuple[float, float]: # Seconds of `score_edges` once there are moments; GB the process has held, model included
+    "Score a random model, GPT-2-small-shaped unless asked otherwise, between random subspaces."
     import resource
     with n_threads(threads):
         model = new_model(vocabulary + 4, n_layers=n_layers, n_heads=n_heads, d_model=d_model)
         moments = Moments(model, UniqueCopy(vocabulary), n=50, lengths=(20, 30))
-        basis = torch.linalg.qr(torch.randn(d_model, d_model,
-                                            generator=torch.Generator().manual_seed(0)))[0].tensor_split(subspaces, 1)
-        partitions, start = {s: Partition({f"s{i}": b for i, b in enumerate(basis)}, s)
-                             for s in circuit_sites(model)}, time.perf_counter()
+        turn = torch.linalg.qr(torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(0)))[0]
+        bases = {f"s{i}": b for i, b in enumerate(turn.tensor_split(subspaces, 1))}
+        partitions, start = {s: Partition(bases, s) for s in circuit_sites(model)}, time.perf_counter()
         score_edges(model, moments, partitions)
-        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform
-                                                                                                == "darwin"
-                                                                                                else 1024)/1e9
+        seconds = time.perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024 # Bytes of `ru_maxrss`
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9
+
+TOY = dict(d_model=64, n_layers=2, n_heads=1, vocabulary=40, subspaces=4, threads=1)
 
 def _cost_figures():
     "What scores cost on a toy and at the size of GPT-2 small, each in a process of its own."
-    for what, sizes, bar in (("toy", dict(d_model=64, n_layers=2, n_heads=1, vocabulary=40, subspaces=4, threads=1),
-                              1), ("GPT-2-small shape", {}, 60)):
+    for what, sizes, bar in (("toy", TOY, 1), ("GPT-2-small shape", {}, 60)):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             seconds, held = pool.submit(scoring_cost, **sizes).result()
         yield figure(f"{what}, scores of all edges", seconds, "s", f"below {bar}", seconds < bar)
         yield figure(f"{what}, memory of the process", held, "GB", "below 4", held < 4)
 
 
-# At least; "": the true ones
+# What our circuit must reach at least, by learner ("": the true subspaces): the bars of the project, met or not
 BARS = {"": dict(isolated=1, AP=.99, exact=.95), "ours": dict(isolated=.9, AP=.9, exact=.7)}
-NOTHING = .05 # At most, of one block
+NOTHING = .05 # What a site in one block may reach at most: nothing was learned
 
 def grade_figures(
-    rows:list[dict], learner:str="", # From `compare`
+    rows:list[dict], learner:str="", # From `compare_methods`
 )->Iterator[dict]: # What was measured, with its bar
     "List the grades in one kind of subspaces: of our circuit, under other limits, and of every method."
     kind, table = f"{learner or 'true'} subspaces", summary_of_learners(rows)[learner]
@@ -77,6 +76,15 @@ def _seconds_figures(rows, learner=""):
     for name, o in summary_of_methods(rows).items():
         if o["seconds"] is not None: yield figure(f"{kind}, {name}", o["seconds"], "s a model")
 
+def _random_figures(random):
+    "How often each method reports nothing on a random model, and how many edges it does report."
+    for name in dict.fromkeys(o["method"] for o in random):
+        false = [o["false"] for o in random if o["method"] == name]
+        silent, ours = sum(not o for o in false)/len(false), name == "circuit"
+        yield figure(f"random models, {name}: without an edge", silent, f"(mean of {len(false)})",
+                     ".99" if ours else "", silent >= .99 if ours else None) | dict(each=false)
+        yield figure(f"random models, {name}: false edges", sum(false)/len(false), "per model")
+
 def benchmark_circuits(
     families:tuple[str, ...]=tuple(FAMILIES), seeds:int=3, # Seeds of each family; as many random models of each kind
     learned:bool=True, # Learn subspaces too: minutes for each model
@@ -89,12 +97,5 @@ def benchmark_circuits(
                                kept)
         yield from grade_figures(rows, learner)
         yield from _seconds_figures(rows, learner)
-    random = compare_random(families, seeds)
-    for name in dict.fromkeys(o["method"] for o in random):
-        false = [o["false"] for o in random if o["method"] == name]
-        silent = sum(not o for o in false)/len(false)
-        ours = name == "circuit"
-        yield figure(f"random models, {name}: without an edge", silent, f"(mean of {len(false)})",
-                     ".99" if ours else "", silent >= .99 if ours else None) | dict(each=false)
-        yield figure(f"random models, {name}: false edges", sum(false)/len(false), "per model")
+    yield from _random_figures(compare_random(families, seeds))
     yield from _cost_figures()

@@ -1,28 +1,18 @@
-"Patching at the size of GPT-2 small, and planted and learned carriers."
+"Patching timed beside a loop and at the size of GPT-2 small; planted carriers, and learned ones beside a bound."
 import time
 from tempfile import TemporaryDirectory
 
 import torch
 
-from subspace_circuits.toy_models import load_model, n_threads
-from subspace_circuits.circuit_families import plant
 from subspace_circuits.activations import batch_rows, read_sites
+from subspace_circuits.bench import figure, side_by_side
+from subspace_circuits.circuit_families import plant
+from subspace_circuits.evaluation import Patch, carries, copy_tests, interchange, patches_of, prompt_by_prompt
 from subspace_circuits.models import open_model
 from subspace_circuits.partition import Partition, name_subspaces
 from subspace_circuits.search import find_partition
-from subspace_circuits.evaluation import Patch, carries, copy_tests, interchange, patches_of, prompt_by_prompt
 from subspace_circuits.suites import ioi_pairs, known_tests, save_small_gpt2
-from subspace_circuits.bench import figure, side_by_side
-
-
-def _gpt2_shaped(folder):
-    "Random weights in the shape of GPT-2 small, and a tokenizer that can write the suites' prompts."
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-    from transformers import GPT2Config, GPT2LMHeadModel
-    torch.manual_seed(0)
-    raw = GPT2LMHeadModel(GPT2Config(attn_implementation="eager")).eval().requires_grad_(False)
-    return build_bridge_from_module(raw, "GPT2LMHeadModel", hf_config=raw.config,
-                                    tokenizer=None), open_model(save_small_gpt2(folder, n_layers=1))[1]
+from subspace_circuits.toy_models import load_model, n_threads
 
 
 def benchmark_gpt2(
@@ -49,6 +39,16 @@ def benchmark_gpt2(
             figure("GPT-2-small shape, largest difference", gap, "of the largest logit", "below 1e-5", gap < 1e-5)]
 
 
+def _gpt2_shaped(folder):
+    "Random weights in the shape of GPT-2 small, and a tokenizer that can write the suites' prompts."
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    raw = GPT2LMHeadModel(GPT2Config(attn_implementation="eager")).eval().requires_grad_(False)
+    model = build_bridge_from_module(raw, "GPT2LMHeadModel", hf_config=raw.config, tokenizer=None)
+    return model, open_model(save_small_gpt2(folder, n_layers=1))[1]
+
+
 def benchmark_trained(
     seeds:int=3, # Of planted circuits
 )->list[dict]: # What was measured, with its bar
@@ -70,6 +70,7 @@ def _loop_figures():
     ratio = spent[prompt_by_prompt]/spent[interchange]
     return [figure("planted circuit, batched over prompt by prompt", ratio, "x", "at least 10", ratio >= 10)]
 
+
 def _planted_figures(seed):
     "Both variables of one planted circuit, decoys on."
     figures, known, site = [], plant("induction", seed=seed, certified=False), "blocks.0.hook_resid_post"
@@ -83,6 +84,7 @@ def _planted_figures(seed):
                            f["random"][k] <= .1) for k in ("dimension", "variance")]
     return figures
 
+
 def _trained_figures(name, task, h, site, labels, variables):
     "A learned partition of a bundled model beside the supervised bound, on held-out combinations."
     figures, model = [], load_model(name)[0]
@@ -94,22 +96,24 @@ def _trained_figures(name, task, h, site, labels, variables):
             figures.append(figure(f"{name}, no subspace found for {v}", 0, "", "found", False))
             continue
         r = carries(model, partition, s, tests, v, supervised=True)
-        cause, bound, unit = r.figures["cause, held out"], r.figures["supervised"], f"(supervised {r.figures['supervised']:.3f}, whole {r.figures['whole']:.3f})"
+        cause, bound = r.figures["cause, held out"], r.figures["supervised"]
+        beside = f"(supervised {bound:.3f}, whole {r.figures['whole']:.3f})"
         figures.append(figure(f"{name}, {s} ({partition.sizes[s]} dimensions) for {v}: {r.verdict}; cause", cause,
-                              unit, "supervised - .05", cause >= bound - .05))
+                              beside, "supervised - .05", cause >= bound - .05))
     return figures
 
 
 def _induction_rows():
-    task, site = load_model("induction")[1], "blocks.0.hook_resid_mid"
-    model = load_model("induction")[0]
-    rows = batch_rows(model, task.sample(700, generator=torch.Generator().manual_seed(0), n_ctx=model.cfg.n_ctx),
-                      [site])
-    return task, rows[site], site, {k: rows[k] for k in ("token", "previous token", "position")}, {"token": "token",
-                                                                                                   "previous token": "previous"}
+    "Task, activations, site, labels to name subspaces by, and which test each of them is for."
+    (model, task, _), site = load_model("induction"), "blocks.0.hook_resid_mid"
+    batch = task.sample(700, generator=torch.Generator().manual_seed(0), n_ctx=model.cfg.n_ctx)
+    rows = batch_rows(model, batch, [site])
+    labels = {k: rows[k] for k in ("token", "previous token", "position")}
+    return task, rows[site], site, labels, {"token": "token", "previous token": "previous"}
+
 
 def _ioi_rows():
-    model, task, _ = load_model("ioi")
-    site = "blocks.0.hook_resid_post"
-    return task, read_sites(model, task.sample(3000, generator=torch.Generator().manual_seed(1)),
-                            [site])[site][:, 8], site, {}, {"s0": "subject"}
+    "The same at the word that says who acts; its one subspace keeps its number."
+    (model, task, _), site = load_model("ioi"), "blocks.0.hook_resid_post"
+    batch = task.sample(3000, generator=torch.Generator().manual_seed(1))
+    return task, read_sites(model, batch, [site])[site][:, 8], site, {}, {"s0": "subject"}

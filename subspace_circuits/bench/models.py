@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from subspace_circuits.bench import figure, side_by_side
 from subspace_circuits.toy_models import n_threads
 from subspace_circuits.superposition import ExclusiveGroups, ResidualMLP, SparseFeatures, by_loop
 from subspace_circuits.circuit_families import FAMILIES, plant
@@ -28,7 +29,8 @@ def benchmark_toys()->list[dict]: # What was measured, with its bar
         drawn = side_by_side({"loop": lambda: by_loop(groups.sizes, 500, g),
                               "at once": lambda: groups.sample(500*40, g)})
         answered = side_by_side({"as written": lambda: deep(x), "on features": lambda: deep.on_features(x)})
-    loop, stream, started = 40*drawn["loop"]/drawn["at once"], answered["as written"]/answered["on features"], _import_seconds()
+    loop, stream = 40*drawn["loop"]/drawn["at once"], answered["as written"]/answered["on features"]
+    started = _import_seconds()
     return [figure("exclusive groups, a loop over drawing at once", loop, "x", "at least 50", loop >= 50),
             figure("residual MLP, as written over on features", stream, "x", "at least 1.5", stream >= 1.5),
             figure("import of the package", started, "s", "below .3", started < .3)]

@@ -21,9 +21,8 @@ def benchmark_neighbors(
     by pair, on noise."""
     sizes, g, pairs = [width]*blocks, torch.Generator().manual_seed(0), blocks*(blocks - 1)//2
     x, y = (torch.randn(n, blocks*width, generator=g) for n in (queries, keys))
-    a, b, out = x.view(-1, blocks, width).transpose(0, 1), y.view(-1, blocks,
-                                                                  width).transpose(0, 1), torch.empty(blocks, queries,
-                                                                                                      keys)
+    a, b = (o.view(-1, blocks, width).transpose(0, 1) for o in (x, y))
+    out = torch.empty(blocks, queries, keys)
     searches = {"bare product": lambda: torch.bmm(a, b.mT, out=out), "tiles": lambda: nearest_neighbors(x, y, sizes),
                 "faiss": lambda: nearest_neighbors(x, y, sizes, backend="faiss"),
                 "one line": lambda: nearest(x, y, sizes),

@@ -1,4 +1,5 @@
-"The closed form on toys and mixtures, and learned partitions of planted circuits and of the bundled model, by the strict grade."
+"""The closed form on toys and mixtures, and learned partitions of planted circuits and of the bundled model, by the
+strict grade."""
 import math
 from collections.abc import Callable, Iterator
 
@@ -95,11 +96,11 @@ def benchmark_partition(
         scores = [o for f in families for s in range(some) for o in score_circuit(f, s, decoys, writers=writers)]
         for what, least in (("isolated", (.9 if decoys else .97) if writers else None), ("no_excuse", None)):
             good = [v for o in scores for v in o[what].values()]
-            share, said = sum(good)/len(good), f"planted circuits {name}, variables isolated" + ", no excuse"*(what
-                == "no_excuse")
+            share = sum(good)/len(good)
             held = share >= least if least else None
-            yield figure(said, share, f"of {len(good)}", f"at least {least}" if least else "",
-                         held) | dict(sites=scores)
+            name_of = f"planted circuits {name}, variables isolated" + ", no excuse"*(what == "no_excuse")
+            yield figure(name_of, share, f"of {len(good)}", f"at least {least}" if least else "", held) | dict(
+                sites=scores)
         yield figure(f"planted circuits {name}, slowest site", max(o["seconds"] for o in scores), "s", "below 30",
                      max(o["seconds"] for o in scores) < 30)
     yield _trained_results(1 if quick else 10*seeds)
@@ -107,9 +108,9 @@ def benchmark_partition(
 def _trained_results(seeds):
     "How often token, previous token and position are found in the bundled model."
     model, task = open_task("induction")
-    rows = batch_rows(model, task.sample(1500, (0, 50), torch.Generator().manual_seed(0), n_ctx=model.cfg.n_ctx),
-                      ["blocks.0.hook_resid_mid"])
-    h, labels, good = rows["blocks.0.hook_resid_mid"], {k: rows[k] for k in ("token", "previous token", "position")}, 0
+    batch = task.sample(1500, (0, 50), torch.Generator().manual_seed(0), n_ctx=model.cfg.n_ctx)
+    rows, good = batch_rows(model, batch, ["blocks.0.hook_resid_mid"]), 0
+    h, labels = rows["blocks.0.hook_resid_mid"], {k: rows[k] for k in ("token", "previous token", "position")}
     for seed in range(seeds):
         p = name_subspaces(find_partition(h, "blocks.0.hook_resid_mid", seed), h, labels)
         shares = variable_shares(p, h, labels)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from subspace_circuits.activations import batch_rows
-from subspace_circuits.text import open_task
 from subspace_circuits.closed_form import planted_mixture
 from subspace_circuits.search import block_distances, ndm
+from subspace_circuits.text import open_task
 
 
 def held_out(
@@ -32,11 +32,10 @@ def public_trainer(
 )->type[nn.Module]:
     """Import the public code's trainer, without writing to its folder; two libraries that it names, but does not need
     to train, are stood in for."""
-    file, absent, quiet = Path(reference)/"subspace_partition/training/model.py", ("transformer_lens",
-                                                                                   "datasets"), sys.dont_write_bytecode
+    file, absent = Path(reference)/"subspace_partition/training/model.py", ("transformer_lens", "datasets")
     if not file.is_file():
         raise ValueError(f"{file} is not there: pass a checkout of the public SubspacePartition repository")
-    before = {k: sys.modules.get(k) for k in absent}
+    before, quiet = {k: sys.modules.get(k) for k in absent}, sys.dont_write_bytecode
     for k in absent:
         sys.modules[k] = ModuleType(k)
         sys.modules[k].__getattr__ = lambda name: object
@@ -75,8 +74,8 @@ def run_public(
     "Train as the public code does, before any merging: Adam, 128 queries a step, the gradient no longer than 100."
     net = trainer(h.shape[1], sizes, SimpleNamespace(batch_size=128, metric="euclidean", search_steps=blocks),
                   _Buffer(h, blocks, block))
-    optimizer, spent, due, steps, curve = torch.optim.Adam(net.parameters(),
-                                                           lr), 0., 0., 0, [(0., 0, judge(torch.eye(h.shape[1])))]
+    optimizer, curve = torch.optim.Adam(net.parameters(), lr), [(0., 0, judge(torch.eye(h.shape[1])))]
+    spent, due, steps = 0., 0., 0
     with tqdm(total=round(seconds), desc=f"public code, lr {lr}", unit="s") as bar:
         while spent < seconds:
             start = time.perf_counter()
@@ -118,8 +117,8 @@ def run_ours(
 def race(
     trainer:type[nn.Module], # The public code's
     h:Float[Tensor, "row d"], # Rows in half precision; the last 9216 are held out
-    sizes:list[int],
-    seconds:dict[float, float], # Block sizes; learning rates of the public code, its own first, and how long each runs
+    sizes:list[int], # Block sizes
+    seconds:dict[float, float], # Learning rates of the public code, its own first, and how long each runs
     blocks:int=25, block:int=16_384, # Its keys
     search:Callable=fast_search, # What is timed against it
 )->dict: # Of its own rate, and of the best of all: seconds and steps of both, objectives, ratio
@@ -153,14 +152,14 @@ def benchmark_speed(
     model:str="induction", # What `open_task` takes, read at blocks.0.hook_resid_mid
     quick:bool=False, # A few seconds and far fewer keys: a check that it runs, held to no bar
     search:Callable=fast_search, # What is timed against it
-    seconds:tuple=(45, 80), # Of the public code with each of three learning rates, for the trained model and for the mixture
+    seconds:tuple=(45, 80), # Of the public code with each learning rate: for the trained model, for the mixture
 )->dict: # Width to setting to figures, each with its bar
     """Time to the public code's held-out objective: a trained model in units of 8, and a planted mixture of 768
     dimensions in units of 32."""
     trainer, generator = public_trainer(reference), torch.Generator().manual_seed(0)
     block, spare, rates, out = 16_384, 2**13 + 9216, (3e-4, 3e-3, 1e-2), {}
-    data = (lambda n: _site_rows(model, n, generator)), lambda n: planted_mixture(24, 32, n, generator, off=.9,
-                                                                                  noise=.02, features=64)[0].half()
+    def mixture(n): return planted_mixture(24, 32, n, generator, off=.9, noise=.02, features=64)[0].half()
+    data = (lambda n: _site_rows(model, n, generator)), mixture
     for rows, unit, keys, limit in zip(data, (8, 32), (2, 1) if quick else (6, 25), (4, 6) if quick else seconds):
         h = rows(keys*block + spare)
         figures = race(trainer, h, [unit]*(h.shape[1]//unit), dict.fromkeys(rates, limit), keys, block, search)
