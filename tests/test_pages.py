@@ -35,7 +35,7 @@ def test_faults_are_named(tmp_path):
         "show_doc(Later): no link to the source", # a class of this page, not of the package
         "wrong: its figure is 'some-figure', and so is something else: heading, wrong",
         "nested: a link in a link: [the [`plant`](",
-        "nested: a link to known_circuits.html#plant, which is not there", # nor is that page
-        "nested: a link to known_circuits.html#plant, which is not there",
+        "nested: a link to circuit_families.html#plant, which is not there", # nor is that page
+        "nested: a link to circuit_families.html#plant, which is not there",
     ]
     assert len(found) == len(wanted) and all(o.startswith(w) for o, w in zip(found, wanted)), found
