@@ -118,7 +118,7 @@ def test_what_is_no_checkout_is_refused_in_one_line(tmp_path):
 @pytest.fixture
 def ticks(monkeypatch):
     "A counter in place of the clock: a step of either side takes one, whatever the machine does."
-    monkeypatch.setattr("subspace_circuits.published_ndm.time", SimpleNamespace(perf_counter=count().__next__))
+    monkeypatch.setattr("subspace_circuits.bench.speed.time", SimpleNamespace(perf_counter=count().__next__))
 
 
 def test_a_race_is_won_by_searching_and_not_by_standing_still(checkout, ticks):
