@@ -157,7 +157,14 @@ def _mlp(w, layer:int, r:Float[Tensor, "... d_model"])->Float[Tensor, "... d_mod
     up = r@L["W_in"] + L["b_in"]
     return (act(r@L["W_gate"] + L["b_gate"])*up if "W_gate" in L else act(up))@L["W_out"] + L["b_out"]
 
-Weights.read_heads, Weights.attention, Weights.mlp = _read_heads, _attention, _mlp
+def _added(w, half:int, x:Float[Tensor, "... pos d_model"], positions:Int[Tensor, "batch pos"],
+)->tuple[Float[Tensor, "... pos d_model"]|None, Float[Tensor, "... head query key"]|None]:
+    "What a half of a layer adds to the stream, and the scores of its heads; nothing where there is no MLP."
+    r = x/w.scale(x)
+    if half % 2 == 0: return w.attention(half//2, r, positions)
+    return (w.mlp(half//2, r) if w.mlps else None), None
+
+Weights.read_heads, Weights.attention, Weights.mlp, Weights.added = _read_heads, _attention, _mlp, _added
 
 # %% ../nbs/00c_forward.ipynb #run
 def _embed(w, tokens:Int[Tensor, "batch pos"], positions:Int[Tensor, "batch pos"])->Float[Tensor, "batch pos d_model"]:
@@ -171,13 +178,9 @@ def _run(
     "The stream at every site from there on, and the attention scores of every layer that ran."
     seen, scores = {w.site(start): x}, []
     for half in range(start, w.halves):
-        layer, r = half//2, x/w.scale(x)
-        if half % 2 == 0:
-            added, asked = w.attention(layer, r, positions)
-            scores.append(asked)
-        elif w.mlps: added = w.mlp(layer, r)
-        else: continue
-        x = seen[w.site(half + 1)] = x + added
+        added, asked = w.added(half, x, positions)
+        if asked is not None: scores.append(asked)
+        if added is not None: x = seen[w.site(half + 1)] = x + added
     return seen, scores
 
 def _trace(w, tokens:Int[Tensor, "batch pos"], positions:Int[Tensor, "batch pos"],

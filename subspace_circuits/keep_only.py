@@ -35,18 +35,23 @@ def empty_masks(
     return out
 
 # %% ../nbs/03b_keep_only.ipynb #place
+def _half(w, component, kind):
+    "The half of a layer that a component is: -1 for embeddings, one behind the last for logits."
+    if kind in ("embed", "unembed"): return -1 if kind == "embed" else w.halves
+    return 2*int(component[3:]) + 1 if kind == "MLP" else 2*int(component[1:].split("H")[0])
+
 def _place(w, partitions, edge):
     "The mask of an edge, and where in it the edge stands."
     component, kind, a, b = identity(edge)
     def index(site, name):
-        names = [*partitions[site].names, "bias"]
+        names = [*partitions[site].names, *["bias"]*(kind == "QK")]
         if name not in names: raise ValueError(f"an edge of {component} names {name!r}, {site} has {', '.join(names)}: "
                                                "score edges with these partitions")
         return names.index(name)
-    if kind == "unembed": return (component, kind), (index(w.sites[-1], a),)
-    if kind == "embed": return (component, kind), (index(w.sites[0], b),)
-    half = 2*int(component[3:] if kind == "MLP" else component[1:].split("H")[0]) + (kind == "MLP")
-    return (component, kind), (index(w.site(half), a), index(w.site(half + (kind != "QK")), b))
+    half = _half(w, component, kind)
+    read = [] if kind == "embed" else [index(w.site(half), a)]
+    written = [] if kind == "unembed" else [index(w.site(half + (kind != "QK")), b)]
+    return (component, kind), (*read, *written)
 
 def masks_of(
     w:Weights, partitions:dict[str, Partition], edges:list[dict], # By site; the edges to keep
@@ -61,22 +66,22 @@ def masks_of(
 # %% ../nbs/03b_keep_only.ipynb #groups
 def mask_groups(
     mask:Float[Tensor, "row col"],
+    zeros:bool=False, # Also the group of rows that keep nothing, last
 )->tuple[Float[Tensor, "group row"], Float[Tensor, "group col"]]: # Which rows are in a group; their row of the mask
-    "Group the rows of a mask that are alike; rows of zeros are left out."
+    "Group the rows of a mask that are alike."
     if mask.requires_grad: return torch.eye(len(mask)), mask
     kinds, which = torch.unique(mask, dim=0, return_inverse=True)
-    rows = (which == torch.arange(len(kinds))[:, None]).to(mask.dtype)
-    alive = kinds.any(1)
-    return rows[alive], kinds[alive]
+    rows, alive = (which == torch.arange(len(kinds))[:, None]).to(mask.dtype), kinds.any(1)
+    order = torch.cat([alive.nonzero(), (~alive).nonzero()[:zeros]])[:, 0]
+    return rows[order], kinds[order]
 
 # %% ../nbs/03b_keep_only.ipynb #compile
 def _scores(keep, layer, head, mask):
     "For each group of query subspaces: query map and bias, key map and bias, in coordinates of the site."
     L, site = keep.w.heads[layer], keep.w.site(2*layer)
-    rows, cols = mask_groups(mask)
-    if not mask.requires_grad and keep.mode in ("mean", "resample"): # queries meet the stand-ins of all other keys
-        rest = 1 - rows.sum(0)
-        if rest.any(): rows, cols = torch.cat([rows, rest[None]]), torch.cat([cols, torch.zeros(1, cols.shape[1])])
+    # queries meet what stands for other keys; if that is the same for all keys, the softmax does not see it
+    replaced = keep.mode == "resample" or (keep.mode == "mean" and keep.w.rotary is not None)
+    rows, cols = mask_groups(mask, zeros=replaced)
     if not len(rows): return None
     Q, K = (keep.basis[site].T@L[o][head] for o in "QK")
     wide = keep.group[site]
@@ -93,9 +98,7 @@ def _values(keep, layer, head, mask):
 def _neurons(keep, layer, mask):
     "For each group of written subspaces: the mask of what is read and of what is written, in coordinates."
     read, write = keep.group[keep.w.site(2*layer + 1)], keep.group[keep.w.site(2*layer + 2)]
-    cols, rows = mask_groups(mask.T)
-    nothing = 1 - cols.sum(0) # what reads nothing still gets what the neurons make of nothing
-    if nothing.any(): cols, rows = torch.cat([cols, nothing[None]]), torch.cat([rows, torch.zeros(1, rows.shape[1])])
+    cols, rows = mask_groups(mask.T, zeros=True) # what reads nothing still gets what the neurons make of nothing
     return rows[:, read], cols[:, write]
 
 # %% ../nbs/03b_keep_only.ipynb #stand-in
@@ -175,20 +178,20 @@ class KeepOnly:
         self.basis = {s: p.basis for s, p in self.partitions.items()}
         self.group = {s: torch.repeat_interleave(torch.tensor(list(p.sizes.values())))
                       for s, p in self.partitions.items()}
-        self.masks = dict(kept) if isinstance(kept, dict) else masks_of(self.w, self.partitions, kept)
-        if lost := empty_masks(self.w, self.partitions).keys() - self.masks.keys():
-            raise ValueError(f"no mask of {' '.join(min(lost))}: give one for each of {len(self.masks) + len(lost)}")
+        if not isinstance(kept, dict): kept = masks_of(self.w, self.partitions, kept)
+        elif lost := empty_masks(self.w, self.partitions).keys() - kept.keys():
+            raise ValueError(f"no mask of {' '.join(min(lost))}: give one for each of {len(kept) + len(lost)}")
+        self.masks = dict(kept)
         self.parts = {k: self._compile(k) for k in self.masks}
 
 # %% ../nbs/03b_keep_only.ipynb #keep-compile
 def _compile(keep, name):
     "Turn the mask of a component into maps in coordinates."
-    component, kind = name
-    mask = keep.masks[name]
+    (component, kind), mask = name, keep.masks[name]
     if kind in ("embed", "unembed"): return mask[keep.group[keep.w.sites[-(kind == "unembed")]]]
-    if kind == "MLP": return _neurons(keep, int(component[3:]), mask)
-    layer, head = map(int, component[1:].split("H"))
-    return (_scores if kind == "QK" else _values)(keep, layer, head, mask)
+    layer = _half(keep.w, component, kind)//2
+    if kind == "MLP": return _neurons(keep, layer, mask)
+    return (_scores if kind == "QK" else _values)(keep, layer, int(component.split("H")[1]), mask)
 
 def _without(keep, edges:list[dict])->KeepOnly:
     "The same model without some edges; only their components are compiled again."
@@ -221,12 +224,10 @@ def _streams(keep, x, positions, start=0)->dict[int, Float[Tensor, "batch pos d_
     "The stream before each half of each layer, from one half on; the last is before the logits."
     out = {start: x}
     for half in range(start, keep.w.halves):
-        layer, mlp = half//2, half % 2
-        if mlp and not keep.w.mlps: added = 0
-        elif layer in keep.layers: added = keep.mlp(layer, x) if mlp else keep.attention(layer, x, positions)
-        else: added = (keep.w.mlp(layer, x/keep.w.scale(x)) if mlp
-                       else keep.w.attention(layer, x/keep.w.scale(x), positions)[0])
-        x = out[half + 1] = x + added
+        if half//2 not in keep.layers: added = keep.w.added(half, x, positions)[0]
+        elif half % 2 == 0: added = keep.attention(half//2, x, positions)
+        else: added = keep.mlp(half//2, x) if keep.w.mlps else None
+        x = out[half + 1] = x if added is None else x + added
     return out
 
 def _unembed(keep, x:Float[Tensor, "... d_model"])->Float[Tensor, "... vocab"]:
@@ -329,8 +330,7 @@ def _singles(judge, keep:KeepOnly, edges:list[dict])->list[float]:
     b, found = judge.batch, []
     before = keep.streams(keep.embed(b.tokens, b.positions), b.positions)
     for o in edges:
-        new, at = keep.without([o]), o["layer"]
-        half = keep.w.halves if o["type"] == "unembed" else -1 if at is None else 2*at + (o["type"] == "MLP")
+        new, half = keep.without([o]), _half(keep.w, o["component"], o["type"])
         x = before[half] if half >= 0 else new.embed(b.tokens, b.positions)
         found.append(judge.of(new.unembed(new.streams(x, b.positions, max(half, 0))[keep.w.halves]))[0])
     return found
