@@ -22,4 +22,6 @@ def test_notebook(path):
     outputs = [(o["id"], out) for o in code for out in o["outputs"]]
     assert [i for i, out in outputs if out["output_type"] == "error"] == [], "stored errors"
     assert [i for i, out in outputs if len(json.dumps(out)) > 100_000] == [], "outputs over 100 kB"
+    assert [i for i, out in outputs if "application/vnd.jupyter.widget-view+json" in out.get("data", {})
+            or out.get("name") == "stderr"] == [], "stored progress bars or warnings"
     if path.name != "index.ipynb" and code: assert outputs, "no stored outputs"
