@@ -215,11 +215,8 @@ def benchmark_circuits(*, seeds: Annotated[int,
 
 
 @benchmark.command("evaluation")
-def benchmark_evaluation(*, quick: Annotated[bool,
-                                             typer.Option("--quick",
-                                                          help="One planted circuit and few prompts: a check that it "
-                                                               "runs.")] = False,
-                         as_json: AsJson = None):
+def benchmark_evaluation(*, quick: Annotated[bool, typer.Option(
+        "--quick", help="One planted circuit and few prompts: a check that it runs.")] = False, as_json: AsJson = None):
     """Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound;
     each figure beside its bar."""
     from subspace_circuits.bench.evaluation import benchmark_gpt2, benchmark_trained
@@ -328,9 +325,8 @@ def _kept_partition(folder: Path, site: str, method: str, seed: int, weights: st
         owned(folder, PARTITION) # a killed process may have left parts of one
         return None
     old = Partition.from_pretrained(folder)
-    if (old.site, old.info.get("asked"), old.info.get("seed"), old.info.get("weights")) == (site, method, seed,
-                                                                                            weights):
-        return old
+    made = old.site, *(old.info.get(o) for o in ("asked", "seed", "weights"))
+    if made == (site, method, seed, weights): return old
     raise ValueError(f"{folder} holds the partition of {old.site} by {old.info.get('asked')} with seed "
                      f"{old.info.get('seed')}: name another folder, or pass --overwrite")
 

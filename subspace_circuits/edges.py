@@ -360,9 +360,9 @@ def neuron_energy(
     ins = [k for k in ("W_in", "W_gate") if k in L]
     # angles and lengths: all that a rotation leaves
     inner, outer = (torch.linalg.qr(o)[1] for o in (torch.cat([L[k] for k in ins], 1), L["W_out"].T))
-    turned = lambda o: L | dict(zip(ins,
-                                    (o[..., :len(inner)]@inner).chunk(len(ins),
-                                                                      -1))) | dict(W_out=(o[..., :len(outer)]@outer).mT)
+    def turned(o):
+        read = (o[..., :len(inner)]@inner).chunk(len(ins), -1)
+        return L | dict(zip(ins, read)) | dict(W_out=(o[..., :len(outer)]@outer).mT)
     A, C = (torch.cat(o) for o in zip(*(sides(turned(o)) for o in turns.split(32))))
     return torch.cat([shares(a, c.roll(n, 0)) for a, c in zip(A.chunk(2), C.chunk(2)) for n in range(1, 9)])
 

@@ -11,7 +11,7 @@ from subspace_circuits.activations import capture
 from subspace_circuits.partition import Partition
 from subspace_circuits.preimages import build_indexes
 from subspace_circuits.bench.browser import Browser, find_browser
-from subspace_circuits.explorer import Explorer, cell, chosen_rows, open_run, render_page, start_server, static_page
+from subspace_circuits.explorer import Explorer, cell, chosen_rows, open_run, start_server, static_page
 from subspace_circuits.toy_models import load_model
 
 mid, post = "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"
@@ -265,9 +265,9 @@ def test_tokens_are_text_in_a_browser(explorer, tmp_path):
         assert "script" in page.run("document.title") and page.problems() == []
 
 
-def test_page_needs_nothing_else(explorer):
-    from subspace_circuits.explorer import _about
-    page = render_page(_about(explorer, "live"))
+def test_page_needs_nothing_else(explorer, server):
+    status, page = ask(server, "/")
+    assert status == 200
     assert "default-src 'none'" in page and "unsafe-eval" not in page and "src=" not in page.split("<script", 1)[0]
     assert chosen_rows(explorer, 3) == chosen_rows(explorer, 3)
 
