@@ -3,6 +3,7 @@ import time
 from collections.abc import Callable
 
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def side_by_side(
@@ -38,3 +39,9 @@ def operations(run:Callable, *args)->int:
     "Count the tensor operations of a call: what it does, whatever the machine."
     with _Operations() as o: run(*args)
     return o.count
+
+
+def multiplications(run:Callable, *args)->int:
+    "Count the multiplications in the matrix products of a call."
+    with FlopCounterMode(display=False) as o: run(*args)
+    return o.get_total_flops()//2
