@@ -2,7 +2,6 @@
 line; what is unusual and right is not."""
 import json, math, os, pickle
 from contextlib import contextmanager
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,9 +12,10 @@ from safetensors.torch import save_file
 from subspace_circuits import partition
 from subspace_circuits.partition import Partition, check_activations, compare, distinct_rows, read_published
 from subspace_circuits.dependence import block_entropy
+from subspace_circuits.files import of_others
 from subspace_circuits.stability import baseline_partition, group_components, stability
 
-published = Path(__file__).resolve().parents[2]/"shared"/"published"/"ndm_gpt2"
+published = of_others("published/ndm_gpt2")
 key = "R.parametrizations.weight.0.base"
 kinds = ["identity", "random", "pca", "pca ascending", "ica"]
 
@@ -186,7 +186,7 @@ def test_half_precision_is_mended_and_said(tmp_path):
     assert compare(p, cut(rotation(64), [32, 32], p.site)).mean > .9999
 
 
-@pytest.mark.skipif(not published.exists(), reason="published matrices are not here: ../shared/published is absent")
+@pytest.mark.skipif(not published.exists(), reason=f"published matrices are not here: no {published}")
 @pytest.mark.parametrize("site", ["x4", "x6", "x8", "x9"])
 def test_matrices_of_gpt2(site):
     p = read_published(published/f"R-gpt2-{site}.post.pt")
