@@ -91,7 +91,7 @@ def faults(cell, where):
 def unlike_a_page(cell):
     "What of a processed cell loads from elsewhere, cannot be read aloud, or names a page without leading to it."
     for o in ("text/html", "application/javascript"): # for these Quarto loads jQuery and require.js from elsewhere
-        if outputs(cell, o): yield f"an output of type {o}"
+        if outputs(cell, o).strip(): yield f"an output of type {o}"
     html = elements(cell)
     loaded = re.findall(r'<(?:script|link|img|iframe|source)\b[^>]*\s(?:src|href)="((?:https?:)?//[^"]*)"', html)
     yield from (f"loads {o} from elsewhere" for o in loaded)
