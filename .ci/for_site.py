@@ -47,7 +47,9 @@ def kind(tree):
     if called & PROVES or any(isinstance(o, ast.Assert) for o in nodes): return "Proof"
     if "expect_fail" in called: return "What is refused"
     if all(isinstance(o, ast.Import | ast.ImportFrom) for o in tree.body): return "Imports"
-    if all(isinstance(o, ast.FunctionDef | ast.ClassDef) for o in tree.body): return "Helpers"
+    settings = [o for o in tree.body if isinstance(o, ast.Expr) and ast.unparse(o).startswith("torch.set_")]
+    if all(isinstance(o, ast.FunctionDef | ast.ClassDef) or o in settings for o in tree.body):
+        return "Settings" if settings else "Helpers"
 
 
 def fields(source):

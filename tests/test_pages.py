@@ -75,6 +75,7 @@ def test_pages_load_nothing_from_elsewhere_and_fold_proofs(monkeypatch, tmp_path
         cell("proof", "assert Pair(1).b == .5", data=figure("proof", "One \"dot\" at </script> the middle.")),
         cell("refused", "with expect_fail(ValueError): Pair()"),
         cell("helpers", "def half(x): return x/2"),
+        cell("settings", "torch.set_num_threads(1)\ndef seeded(): return 0"),
         cell("open", "half(Pair(1).a)"),
     ]
     about = dict(metadata=dict(kernelspec=dict(language="python")), nbformat=4, nbformat_minor=5)
@@ -84,7 +85,7 @@ def test_pages_load_nothing_from_elsewhere_and_fold_proofs(monkeypatch, tmp_path
     by_id = {o.get("id"): o for o in nb.cells}
     folded = {k: re.findall(r'code-summary: "(.*)"', o.source) for k, o in by_id.items()}
     assert {k: v[0] for k, v in folded.items() if v} == dict(
-        proof="Proof", refused="What is refused", helpers="Helpers")
+        proof="Proof", refused="What is refused", helpers="Helpers", settings="Settings")
     outputs = [o.data for x in nb.cells for o in x.get("outputs", []) if "data" in o]
     assert all(not {PLOTLY, "text/html", "application/javascript"} & set(o) for o in outputs)
     stored = ["".join(o["text/markdown"]) for o in outputs if "text/markdown" in o]
