@@ -275,7 +275,7 @@ def noise_floor(
 
 # %% ../nbs/02_partition.ipynb #strict
 class Strict(NamedTuple):
-    "When a variable counts as isolated; page 03d shows what other limits change."
+    "When a variable counts as isolated; [page 03d](03d_circuit_benchmark.ipynb) shows what other limits change."
     held: float = .95       # Least share of the variable in its home: what is missing turns the subspace by 13° at most
     foreign: float = .05    # Largest share of another variable there: the same angle
     determined: float = .05 # Share of its entropy that a determined variable may keep: the noise of estimates

@@ -2,7 +2,6 @@
 line; what is unusual and right is not."""
 import json, math, os, pickle
 from contextlib import contextmanager
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -17,6 +16,7 @@ from subspace_circuits.closed_form import closed_form
 from subspace_circuits.dependence import block_entropy, determination, subspace_information
 from subspace_circuits.edges import planted_partitions
 from subspace_circuits.evaluation import carries, copy_tests
+from subspace_circuits.files import of_others
 from subspace_circuits.forward import circuit_sites
 from subspace_circuits.growth import grow_partition, learn_partition
 from subspace_circuits.partition import (
@@ -26,7 +26,7 @@ from subspace_circuits.search import find_partition
 from subspace_circuits.stability import baseline_partition, group_components, stability
 from subspace_circuits.suites import knowledge_conflict, partition_information, suite
 
-published = Path(__file__).resolve().parents[2]/"shared"/"published"/"ndm_gpt2"
+published = of_others("published/ndm_gpt2")
 key = "R.parametrizations.weight.0.base"
 kinds = ["identity", "random", "pca", "pca ascending", "ica"]
 
@@ -197,7 +197,7 @@ def test_half_precision_is_mended_and_said(tmp_path):
     assert compare(p, cut(rotation(64), [32, 32], p.site)).mean > .9999
 
 
-@pytest.mark.skipif(not published.exists(), reason="published matrices are not here: ../shared/published is absent")
+@pytest.mark.skipif(not published.exists(), reason=f"published matrices are not here: no {published}")
 @pytest.mark.parametrize("site", ["x4", "x6", "x8", "x9"])
 def test_matrices_of_gpt2(site):
     p = read_published(published/f"R-gpt2-{site}.post.pt")
