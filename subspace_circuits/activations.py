@@ -148,9 +148,9 @@ PARTS = dict(weights=32, configuration=15, tokenizer=15) # Hexadecimal digits of
 NOT_RUN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache", "id2label",
            "label2id", "initializer_range", "_attn_implementation", "_commit_hash")
 # What of a TransformerLens configuration does
-NATIVE = ("act_fn", "attention_dir", "attn_only", "d_head", "d_mlp", "d_model", "d_vocab", "eps", "final_rms", "gated_mlp",
-          "n_ctx", "n_heads", "n_key_value_heads", "n_layers", "normalization_type", "positional_embedding_type",
-          "rotary_adjacent_pairs", "rotary_base", "rotary_dim", "rope_scaling", "use_attn_scale", "attn_scale",
+NATIVE = ("act_fn", "attention_dir", "attn_only", "d_head", "d_mlp", "d_model", "d_vocab", "eps", "final_rms",
+          "gated_mlp", "n_ctx", "n_heads", "n_key_value_heads", "n_layers", "normalization_type",
+          "positional_embedding_type", "rotary_adjacent_pairs", "rotary_base", "rotary_dim", "rope_scaling", "use_attn_scale", "attn_scale",
           "attn_scores_soft_cap", "output_logits_soft_cap")
 
 def _digest(value): return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
@@ -376,8 +376,8 @@ def text_around(
     tokenizer, # With `decode`
     ids:list[int], at:int, # Tokens, and which of them is asked for
 )->tuple[str, str, str]: # Before, at and after it
-    """Decode tokens in three parts; of a character of several tokens each shows the whole character, or, where its other
-    bytes are out of sight, a mark for them."""
+    """Decode tokens in three parts; of a character of several tokens each shows the whole character, or, where its
+    other bytes are out of sight, a mark for them."""
     whole = [0, *(o for o in range(1, len(ids)) if not tokenizer.decode(ids[:o]).endswith("\ufffd")), len(ids)]
     start, end = max(o for o in whole if o <= at), min(o for o in whole if o > at)
     parts = [tokenizer.decode(ids[:o]) for o in (start, end, len(ids))]

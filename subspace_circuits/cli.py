@@ -21,7 +21,8 @@ Resume = Annotated[bool, typer.Option("--resume", help="Refuse to start anew: th
 
 AsTask = Annotated[Optional[str],
                    typer.Option(help="What the model does, which it is asked first: a task of the package as "
-                                     "NAME[:k=v,...], a .jsonl file of prompts with answers, or package.module:object.")]
+                                     "NAME[:k=v,...], a .jsonl file of prompts with answers, or "
+                                     "package.module:object.")]
 
 
 def figures_file(file: Optional[Path]) -> Optional[Path]:
@@ -39,24 +40,7 @@ AsJson = Annotated[Optional[Path], typer.Option("--json", callback=figures_file,
 @app.command()
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "List every model whose answer is known: trained and bundled, planted on demand, and toys trained on demand."
-    from subspace_circuits.circuit_families import known_families
-    from subspace_circuits.toy_models import model_configs, new_task
-    from subspace_circuits.superposition import RESIDUAL_MLPS, TOYS
-    listed = {}
-    for name, o in model_configs().items():
-        task = new_task(**o["task"])
-        variables = list(task.variables(task.sample(1)))
-        listed[name] = dict(kind="trained", task=o["description"],
-                            shape=dict(n_layers=2, n_heads=1, d_model=64) | o["model"], variables=variables,
-                            edges=None, accuracy=o["accuracy"], control=o["control"])
-    for o in known_families():
-        shape = {k: o[k] for k in ("n_layers", "n_heads", "d_model", "d_vocab", "n_ctx")}
-        listed["planted-" + o["name"]] = dict(kind="planted", task=o["task"], shape=shape, variables=o["variables"],
-                                              edges=o["edges"], decoys=o["decoys"])
-    for name, o in (TOYS | {f"residual MLP {k}": v for k, v in RESIDUAL_MLPS.items()}).items():
-        listed[name] = dict(kind="toy", task="features in superposition",
-                            shape={k: v if isinstance(v, int | float | str) else str(v) for k, v in o.items()},
-                            variables=None, edges=None)
+    listed = json.loads((Path(__file__).parent/"models"/"listing.json").read_text(encoding="utf-8"))
     if as_json: return print(json.dumps(listed, indent=1))
     for k, v in listed.items():
         score = ", ".join(f"{a:.3f} on {n}" for n, a in v.get("accuracy", {}).items())
@@ -69,7 +53,8 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 @app.command()
 def run(model: Annotated[str,
                          typer.Argument(help="A bundled model, planted- and a family, or a folder, file or hub id; one "
-                                             "over symbols is asked what it does if --task does not say.")] = "induction", *,
+                                             "over symbols is asked what it does if --task does not "
+                                             "say.")] = "induction", *,
         out: Out, task: AsTask = None, seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
     "The main job: capture, partition, circuit, report."
     from subspace_circuits.pipeline import run
@@ -291,7 +276,8 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
               model: Annotated[Optional[str],
                                typer.Option(help="The model that the store is of, as for capture: ndm then starts "
                                                  "from what each component wrote.")] = None,
-              skip_first: Annotated[int, typer.Option(min=0, help="Leave out the first N positions of every sequence.")] = 0,
+              skip_first: Annotated[int,
+                                    typer.Option(min=0, help="Leave out the first N positions of every sequence.")] = 0,
               keep_massive: Annotated[bool,
                                       typer.Option("--keep-massive",
                                                    help="Keep rows of another order of magnitude, as position 0 of "

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 __all__ = ["check", "check_free", "comment", "damaged", "foreign", "kind_of", "left_over", "mark", "owned",
-           "raised_here", "read_json", "read_tensors", "reason", "remove", "replacing", "sha256", "walk", "write_json", "write_tensors",
+           "raised_here", "read_json", "read_tensors", "reason", "remove", "replacing", "sha256", "walk", "write_json",
+           "write_tensors",
            "write_text"]
 
 PROGRAM = "subspace_circuits"

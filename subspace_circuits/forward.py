@@ -42,7 +42,8 @@ def activation(model:nn.Module)->str:
 def _unreadable(model)->Iterator[str]:
     "Say what of a model its maps would not say."
     c, blocks = model.cfg, list(getattr(model, "blocks", ()))
-    if any("moe" in f"{type(o.mlp).__name__} {type(_raw(o.mlp)).__name__}".lower() for o in blocks if hasattr(o, "mlp")):
+    mlps = [f"{type(o.mlp).__name__} {type(_raw(o.mlp)).__name__}" for o in blocks if hasattr(o, "mlp")]
+    if any("moe" in o.lower() for o in mlps):
         yield "mixtures of experts"
     if any(not hasattr(o, "attn") for o in blocks): yield "layers without attention (state-space or recurrent)"
     if str(getattr(c, "positional_embedding_type", None)).lower() == "alibi": yield "positions by ALiBi"
@@ -59,7 +60,8 @@ def check_architecture(
 ):
     "Raise, naming it, if a model has what its maps would not say."
     if odd := next(_unreadable(model), None):
-        raise ValueError(f"this model has {odd}: circuits are read through heads and neurons ({', '.join(ACTIVATIONS)}) "
+        raise ValueError(f"this model has {odd}: circuits are read through heads and neurons "
+                         f"({', '.join(ACTIVATIONS)}) "
                          "behind layer norms or RMS norms, with learned or rotary positions")
 
 # %% ../nbs/00c_forward.ipynb #sites
@@ -234,15 +236,15 @@ def _cap(model): return _option(model, "attn_logit_softcapping") or _native(mode
 def _behind(model, layer):
     "The norms behind a layer's maps, by what they divide."
     c, block, found = model.cfg, model.blocks[layer], {}
-    for name, norm, width in (("Q", "q_norm", c.n_heads*c.d_head), ("K", "k_norm", None), ("attn", "ln1_post", c.d_model),
-                              ("mlp", "ln2_post", c.d_model)):
+    for name, norm in (("Q", "q_norm"), ("K", "k_norm"), ("attn", "ln1_post"), ("mlp", "ln2_post")):
         held = getattr(block.attn if name in "QK" else block, norm, None)
         if held is None: continue
         own = next(iter(_raw(held).parameters()), torch.empty(0))
         o = read_norm(held, own.numel() or (c.d_head if name in "QK" else c.d_model))
         if o.kind is None: continue
         if o.kind != "RMS" or o.shift is not None or not o.gain.all():
-            raise ValueError(f"this model has {o.kind} norms behind its {name} maps in layer {layer}: circuits are read "
+            raise ValueError(f"this model has {o.kind} norms behind its {name} maps in layer {layer}: circuits "
+                             f"are read "
                              "where those are RMS norms with no bias and no gain of zero")
         gain, dims = o.gain, (-1,)
         if name in "QK" and len(gain) != c.d_head: # over all heads at once
@@ -322,7 +324,8 @@ def _way(w, layer, name):
         raise ValueError(f"layers of this model differ in their {name}: say which layer is meant")
     return getattr(w.ways[0], name)
 
-def _turn(w, x:Float[Tensor, "... d_head"], positions:Int[Tensor, "..."], layer:int|None=None)->Float[Tensor, "... d_head"]:
+def _turn(w, x:Float[Tensor, "... d_head"], positions:Int[Tensor, "..."],
+          layer:int|None=None)->Float[Tensor, "... d_head"]:
     "Rotate queries or keys by their positions, if the layer does."
     turn = _way(w, layer, "turn")
     return x if turn is None else turn(x, positions)
@@ -486,7 +489,9 @@ def _typical(w, layer, x, positions):
     behind, sizes, r = w.ways[layer].behind, {}, x/w.scale(x)
     if not behind: return
     def add(which, y):
-        if which in behind: sizes[which] = (behind[which](y).square().mean()/y.square().mean().clamp(min=1e-30)).sqrt().item()
+        if which in behind:
+            share = behind[which](y).square().mean()/y.square().mean().clamp(min=1e-30)
+            sizes[which] = share.sqrt().item()
         return w.behind(layer, which, y)
     q, k, v = (add(o, w.project(layer, o, r)) for o in "QKV")
     pattern = w.softmax(w.turn(q, positions[:, None], layer)@w.turn(k, positions[:, None], layer).mT, layer)

@@ -43,10 +43,12 @@ def ask_model(
     batch = task.sample(n, generator=torch.Generator().manual_seed(seed))
     if not batch.scored.any(): raise ValueError(f"{task.name} asks for no answer: name a task that does with --task")
     if batch.tokens.max() >= model.cfg.d_vocab:
-        raise ValueError(f"{task.name} has token {batch.tokens.max()}, this model has {model.cfg.d_vocab}: the vocabulary "
+        raise ValueError(f"{task.name} has token {batch.tokens.max()}, this model has {model.cfg.d_vocab}: the "
+                         f"vocabulary "
                          "does not fit")
     logits, answers = model(batch.tokens, position_ids=batch.positions)[batch.scored], batch.targets[batch.scored]
-    if answers.max() >= logits.shape[-1]: raise ValueError(f"{task.name} answers {answers.max()}, this model ends before")
+    if answers.max() >= logits.shape[-1]:
+        raise ValueError(f"{task.name} answers {answers.max()}, this model ends before")
     wrong = getattr(task, "wrong_of", lambda batch: None)(batch)
     if wrong is None:
         right, chance = logits.argmax(-1) == answers, answers.bincount().max().item()/len(answers)
@@ -125,12 +127,16 @@ def answer_token(
     where:str, # Of both, for what is said if it fails
 )->int:
     "Find the one token that an answer is behind its prompt."
-    before = encode_text(tokenizer, prompt)
+    before, counts = encode_text(tokenizer, prompt), []
     for gap in ("", " "):
-        whole = encode_text(tokenizer, prompt + gap + answer)
+        try: whole = encode_text(tokenizer, prompt + gap + answer)
+        except ValueError: continue # no symbol of a toy model
         if whole[:len(before)] == before and len(whole) == len(before) + 1: return whole[-1]
-    raise ValueError(f"{where}: {answer!r} behind its prompt is {len(whole) - len(before)} tokens, an answer is one: ask "
-                     "for its first token, or for another answer")
+        counts.append(len(whole) - len(before))
+    if not counts: raise ValueError(f"{where}: {answer!r} has no token")
+    raise ValueError(f"{where}: {answer!r} behind its prompt is {counts[-1]} tokens, an answer is one: ask for "
+                     f"its first "
+                     "token, or for another answer")
 
 def _variables(o, length, where):
     "Name to position and value."
@@ -138,7 +144,8 @@ def _variables(o, length, where):
     for k, v in (o.get("variables") or {}).items():
         at, value = (v.get("position", -1), v.get("value")) if isinstance(v, dict) else (-1, v)
         if not isinstance(at, int) or not -length <= at < length or value is None or isinstance(value, list | dict):
-            raise ValueError(f"{where}: variable {k!r} needs a value, and a position from 0 to {length - 1} if it has one")
+            raise ValueError(f"{where}: variable {k!r} needs a value, and a position from 0 to {length - 1} if it "
+                             f"has one")
         found[k] = at % length, str(value)
     return found
 
@@ -150,15 +157,17 @@ def read_prompt(
     if not isinstance(o, dict) or not all(isinstance(o.get(k), str) and o[k] for k in ("prompt", "answer")):
         raise ValueError(f'{where}: it must be a JSON object with strings "prompt" and "answer"')
     if bad := sorted(o.keys() - set(KEYS)):
-        raise ValueError(f"{where}: unknown entry {bad[0]!r}: use {', '.join(get_close_matches(bad[0], KEYS, 1) or KEYS)}")
+        raise ValueError(f"{where}: unknown entry {bad[0]!r}: use "
+                         f"{', '.join(get_close_matches(bad[0], KEYS, 1) or KEYS)}")
     with foreign(where, "the tokenizer of this model must read it"):
         tokens = _head(tokenizer, o["prompt"])
-        answer, wrong = (answer_token(tokenizer, o["prompt"], o[k], where) if o.get(k) else None
-                         for k in ("answer", "wrong"))
         other = _head(tokenizer, o["counterfactual"]) if o.get("counterfactual") else None
+    answer, wrong = (answer_token(tokenizer, o["prompt"], o[k], where) if o.get(k) else None
+                     for k in ("answer", "wrong"))
     if answer == wrong: raise ValueError(f"{where}: answer and wrong are the same token")
     if other and len(other) != len(tokens):
-        raise ValueError(f"{where}: the counterfactual has {len(other)} tokens, the prompt {len(tokens)}: they must align")
+        raise ValueError(f"{where}: the counterfactual has {len(other)} tokens, the prompt {len(tokens)}: they "
+                         f"must align")
     return Prompt(tokens, answer, wrong, other, _variables(o, len(tokens), where))
 
 # %% ../nbs/01d_own_tasks.ipynb #prompt-task

@@ -230,7 +230,9 @@ def _row_keys(h):
 # %% ../nbs/02_partition.ipynb #massive
 MASSIVE, BETWEEN, FEW = 10., 2., .05 # Multiple of the median length; the gap below; the largest share of such rows
 
-def massive_rows(h:Float[Tensor, "row d_model"])->tuple[Bool[Tensor, "row"], float]: # And how many times the usual length
+def massive_rows(
+    h:Float[Tensor, "row d_model"], # Activations of a site
+)->tuple[Bool[Tensor, "row"], float]: # And how many times the usual length the longest is
     "Find the rows of another order of magnitude."
     some = h[::max(1, len(h)//20_000)].float()
     length = (h.float() - some.median(0).values).norm(dim=1)
@@ -253,10 +255,11 @@ def once(h:Float[Tensor, "row d_model"])->Float[Tensor, "row d_model"]:
     return h[nth < counts[which]//times]
 
 def ordinary(find:Callable)->Callable: # A method: rows and a site to a partition
-    "Let a method see rows once and without those of another order, and say so in its verdict; `keep_massive` keeps them."
+    "Let a method see rows once, and none of another order unless `keep_massive`; its verdict says so."
     @wraps(find)
     def found(h, site, *args, keep_massive=False, **more):
-        if not isinstance(h, Tensor) or h.ndim != 2 or not len(h) or not h.is_floating_point() or not h.isfinite().all():
+        rows = isinstance(h, Tensor) and h.ndim == 2 and len(h) and h.is_floating_point()
+        if not rows or not h.isfinite().all():
             return find(h, site, *args, **more) # refused there
         loud, times = massive_rows(h := once(h))
         if not loud.any(): return find(h, site, *args, **more)

@@ -587,7 +587,8 @@ def evaluate(
     if (name == "knowledge-conflict") != bool(facts):
         raise ValueError("knowledge-conflict needs --facts, a JSON file of question, context and facts; the other "
                          "suites take none")
-    if task and name != "carriers": raise ValueError(f"--task is for carriers, {name} writes its own prompts: leave it out")
+    if task and name != "carriers":
+        raise ValueError(f"--task is for carriers, {name} writes its own prompts: leave it out")
     cuts, out, parts = read_partitions(partitions), Path(out), Path(out).with_suffix(".parts")
     check_free(out, "evaluation")
     check_free(out.with_suffix(".html"), "evaluation figure")

@@ -155,7 +155,8 @@ class CountUp(Task):
             tokens = torch.where(i == at, o, tokens)
         scored, real = (i > 2) & (i < length + 4), i < length + 4
         known = {"first": torch.where((i > 0) & real, a, -1), "last": torch.where((i > 1) & real, a + length - 1, -1)}
-        return Batch(tokens, draw_positions(tokens, length + 5, n_ctx, generator), scored, torch.where(scored & (i == 3), 1, -1),
+        return Batch(tokens, draw_positions(tokens, length + 5, n_ctx, generator), scored,
+                     torch.where(scored & (i == 3), 1, -1),
                      real, None, known)
 
 # %% ../nbs/00a_tasks.ipynb #majority

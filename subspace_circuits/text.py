@@ -190,7 +190,8 @@ def read_documents(
     if str(source).startswith("hf:"): return filter(None, _dataset_texts(*_open_dataset(str(source))[:2]))
     file, kind = Path(source), text_format(source)
     if kind is None or not file.is_file():
-        raise ValueError(f"no text in {file}: pass a {', '.join(list(FORMATS)[:3])} file that exists (or one of them with "
+        raise ValueError(f"no text in {file}: pass a {', '.join(list(FORMATS)[:3])} file that exists (or one of "
+                         f"them with "
                          ".gz), or hf: and the name of a data set")
     return filter(None, FORMATS[kind](file, field))
 
