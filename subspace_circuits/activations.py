@@ -658,6 +658,9 @@ def from_position(
     first:int, # Positions of every sequence to leave out
 )->Bool[Tensor, "row"]: # True for rows that are further in
     "Leave out the first positions of every sequence, wherever it starts."
+    if store.has("sequence real"):
+        real = [store.of_shard(o, "sequence real").bool() for o in store.info["shards"]]
+        return torch.cat([torch.arange(o.shape[1]).expand_as(o)[o] for o in real]) >= first
     document, position = store.column("document"), store.column("position")
     new = torch.ones_like(document, dtype=torch.bool)
     new[1:] = (document[1:] != document[:-1]) | (position[1:] != position[:-1] + 1)

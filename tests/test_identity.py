@@ -196,7 +196,7 @@ def test_sequences_are_what_the_model_saw(tmp_path, lengths, packed):
     assert int(batch.real.sum()) == len(store)
     torch.testing.assert_close(read_sites(model, batch, [site])[site][batch.real], store[site], atol=1e-5, rtol=0)
     later = from_position(store, 1)
-    assert int((~later).sum()) == (len(windows) if not packed else int((store.column("position") == 0).sum()))
+    assert int((~later).sum()) == len(windows) == int((store.column("position") == 0).sum())
     some = stored_sequences(store, later)
     assert int(some.real.sum()) == int(later.sum()) and some.tokens.equal(batch.tokens)
 
@@ -238,7 +238,7 @@ def test_texts_as_systems_write_them(tmp_path):
 @pytest.mark.parametrize("config", [
     LlamaConfig(**sizes, num_key_value_heads=2),
     GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4),
-    ("Mistral", dict(sliding_window=4)), ("Gemma2", dict(head_dim=8, sliding_window=4, num_key_value_heads=2)),
+    ("Mistral", dict(sliding_window=4, num_key_value_heads=2)), ("Gemma2", dict(head_dim=8, sliding_window=4, num_key_value_heads=2)),
     ("GPTNeoX", {})], ids=["llama", "gpt2", "mistral", "gemma2", "pythia"])
 def test_own_samples_are_drawn_from_whole_passes(tmp_path, config):
     import transformers
