@@ -150,8 +150,8 @@ NOT_RUN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "arc
 # What of a TransformerLens configuration does
 NATIVE = ("act_fn", "attention_dir", "attn_only", "d_head", "d_mlp", "d_model", "d_vocab", "eps", "final_rms",
           "gated_mlp", "n_ctx", "n_heads", "n_key_value_heads", "n_layers", "normalization_type",
-          "positional_embedding_type", "rotary_adjacent_pairs", "rotary_base", "rotary_dim", "rope_scaling", "use_attn_scale", "attn_scale",
-          "attn_scores_soft_cap", "output_logits_soft_cap")
+          "positional_embedding_type", "rotary_adjacent_pairs", "rotary_base", "rotary_dim", "rope_scaling",
+          "use_attn_scale", "attn_scale", "attn_scores_soft_cap", "output_logits_soft_cap")
 
 def _digest(value): return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -238,7 +238,8 @@ def test_texts_as_systems_write_them(tmp_path):
 @pytest.mark.parametrize("config", [
     LlamaConfig(**sizes, num_key_value_heads=2),
     GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4),
-    ("Mistral", dict(sliding_window=4, num_key_value_heads=2)), ("Gemma2", dict(head_dim=8, sliding_window=4, num_key_value_heads=2)),
+    ("Mistral", dict(sliding_window=4, num_key_value_heads=2)),
+    ("Gemma2", dict(head_dim=8, sliding_window=4, num_key_value_heads=2)),
     ("GPTNeoX", {})], ids=["llama", "gpt2", "mistral", "gemma2", "pythia"])
 def test_own_samples_are_drawn_from_whole_passes(tmp_path, config):
     import transformers
