@@ -57,5 +57,5 @@ clean:  ## remove built pages and caches (keeps .venv and runs)
 	[ -x .venv/bin/python ] || $$python -m venv .venv
 	@echo 'Installing into .venv (a few minutes the first time).'
 	@$(PIP) install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) install -q -c constraints.txt --use-pep517 -e '.[dev]'
+	@$(PIP) install -q -c constraints.txt --use-pep517 -e '.[dev,gguf]'
 	@touch $@

@@ -27,7 +27,7 @@ from .edges import Moments, PartitionedModel, check_partitions
 from .explorer import readable
 from .files import check_free, read_json, write_json, write_text
 from .suites import read_partitions
-from .text import open_task
+from .own_tasks import open_job
 from .toy_models import Task
 
 # %% ../nbs/03c_circuit_graph.ipynb #to-graph-nodes
@@ -602,10 +602,11 @@ def _held_circuit(out, job):
 
 def write_circuit(
     source:str, partitions:str|Path,
-    out:str|Path, # What `open_task` takes; folder of one partition for each site; JSON file to write
-    data:str|None=None, answers:int=1000, # As in `open_task` and `find_circuit`
+    out:str|Path, # What `open_job` takes; folder of one partition for each site; JSON file to write
+    data:str|None=None, answers:int=1000, # As in `open_job` and `find_circuit`
     explorer:str|None=None, static:bool=False, # As in `circuit_figure`
     seed:int=0, overwrite:bool=False, # Of every draw; replace what the file holds
+    task:str|None=None, # As in `open_job`
 )->nx.MultiDiGraph:
     "Find a model's circuit between given partitions and write it as JSON, with GraphML and a figure beside it."
     out = Path(out)
@@ -614,7 +615,7 @@ def write_circuit(
     if out.suffix != ".json" or not out.parent.is_dir():
         raise ValueError(f"{out}: name a .json file in a folder that exists")
     _check_address(explorer)
-    model, task = open_task(source, data)
+    model, task, _ = open_job(source, data, task)
     cuts = read_partitions(partitions)
     check_partitions(model, cuts)
     job = dict(source=str(source), task=task.name, seed=seed, answers=answers, model=fingerprint(model),

@@ -1,5 +1,5 @@
 "The command line: one verb a stage; each only calls the modules."
-import json, re, sys
+import json, re, sys, traceback
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Optional
@@ -19,6 +19,12 @@ Overwrite = Annotated[bool, typer.Option("--overwrite",
 Resume = Annotated[bool, typer.Option("--resume", help="Refuse to start anew: there must be something to continue.")]
 
 
+AsTask = Annotated[Optional[str],
+                   typer.Option(help="What the model does, which it is asked first: a task of the package as "
+                                     "NAME[:k=v,...], a .jsonl file of prompts with answers, or "
+                                     "package.module:object.")]
+
+
 def figures_file(file: Optional[Path]) -> Optional[Path]:
     "Refuse, before anything is measured, a file that no benchmark wrote."
     from subspace_circuits.files import check_free
@@ -34,24 +40,7 @@ AsJson = Annotated[Optional[Path], typer.Option("--json", callback=figures_file,
 @app.command()
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "List every model whose answer is known: trained and bundled, planted on demand, and toys trained on demand."
-    from subspace_circuits.circuit_families import known_families
-    from subspace_circuits.toy_models import model_configs, new_task
-    from subspace_circuits.superposition import RESIDUAL_MLPS, TOYS
-    listed = {}
-    for name, o in model_configs().items():
-        task = new_task(**o["task"])
-        variables = list(task.variables(task.sample(1)))
-        listed[name] = dict(kind="trained", task=o["description"],
-                            shape=dict(n_layers=2, n_heads=1, d_model=64) | o["model"], variables=variables,
-                            edges=None, accuracy=o["accuracy"], control=o["control"])
-    for o in known_families():
-        shape = {k: o[k] for k in ("n_layers", "n_heads", "d_model", "d_vocab", "n_ctx")}
-        listed["planted-" + o["name"]] = dict(kind="planted", task=o["task"], shape=shape, variables=o["variables"],
-                                              edges=o["edges"], decoys=o["decoys"])
-    for name, o in (TOYS | {f"residual MLP {k}": v for k, v in RESIDUAL_MLPS.items()}).items():
-        listed[name] = dict(kind="toy", task="features in superposition",
-                            shape={k: v if isinstance(v, int | float | str) else str(v) for k, v in o.items()},
-                            variables=None, edges=None)
+    listed = json.loads((Path(__file__).parent/"models"/"listing.json").read_text(encoding="utf-8"))
     if as_json: return print(json.dumps(listed, indent=1))
     for k, v in listed.items():
         score = ", ".join(f"{a:.3f} on {n}" for n, a in v.get("accuracy", {}).items())
@@ -63,12 +52,14 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 @app.command()
 def run(model: Annotated[str,
-                         typer.Argument(help="A bundled model, planted- and a family, or a folder or hub id of a "
-                                             "model that copies lists.")] = "induction", *,
-        out: Out, seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
+                         typer.Argument(help="A bundled model, planted- and a family, or a folder, file or hub id; one "
+                                             "over symbols is asked what it does if --task does not "
+                                             "say.")] = "induction", *,
+        out: Out, task: AsTask = None, seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
     "The main job: capture, partition, circuit, report."
     from subspace_circuits.pipeline import run
-    metrics = run(model, out, seed, overwrite, resume)
+    metrics = run(model, out, seed, overwrite, resume, task)
+    if asked := metrics.get("asked"): print(f"the task is {asked['task']}: {asked['said']}")
     full, kept = (metrics["accuracy"][o] for o in ("full", "keep_only"))
     print(f"{metrics['circuit']['n_edges']} of {metrics['circuit']['n_candidates']} edges kept; accuracy "
           + ", ".join(f"{kept[k]:.3f} (full {full[k]:.3f}) {'at length' if k[0].isdigit() else 'on'} {k}"
@@ -90,9 +81,11 @@ def capture(model: Annotated[str,
                              typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or "
                                                  "a hub id.")], *, out: Out, seed: Seed = 0,
             data: Annotated[Optional[str],
-                            typer.Option(help="task, unique_copy, samples (the model's own text), a .txt or .jsonl "
-                                              "file, or hf:owner/name:config:split:field. "
-                                                             "Not given: the model's own task, if it has one.")] = None,
+                            typer.Option(help="task, unique_copy, samples (the model's own text), a .txt, .jsonl or "
+                                              ".json file, packed as .gz or not, or hf:owner/name:config:split:field. "
+                                              "Not given: the model's own task, if it has one.")] = None,
+            task: AsTask = None,
+            field: Annotated[str, typer.Option(help="Entry of a JSON text that is its text.")] = "text",
             sites: Annotated[Optional[str],
                              typer.Option(help="Hook names or patterns such as blocks.*.hook_resid_mid, separated by "
                                                "commas; every residual site if not given.")] = None,
@@ -100,7 +93,8 @@ def capture(model: Annotated[str,
             sequences: Annotated[int, typer.Option(min=1, help="Sequences per shard.")] = 128,
             lengths: Annotated[Optional[str],
                                typer.Option(help="Shortest and longest list, as 0-50; the task's own if not given. Of "
-                                                 "a text, the second is the window.")] = None,
+                                                 "a text, the second is the window: the context, or as much of it as "
+                                                 "fits 4 GB, if not given.")] = None,
             packed: Annotated[bool, typer.Option("--packed",
                                                  help="Fill windows with several documents of a text.")] = False,
             no_bos: Annotated[bool, typer.Option("--no-bos",
@@ -111,16 +105,19 @@ def capture(model: Annotated[str,
     """Capture activations of a model over a task, a text, or its own samples, into a store; torchrun shares the work
     among processes."""
     from subspace_circuits.activations import capture, ranks, stream_sites
-    from subspace_circuits.text import open_task
-    net, task = open_task(model, data, packed, not no_bos)
+    from subspace_circuits.own_tasks import open_job
     if lengths and not re.fullmatch(r"\d+-\d+", lengths):
         raise ValueError(f"lengths {lengths!r}: write the shortest and the longest, as 0-50")
     bounds = tuple(map(int, lengths.split("-"))) if lengths else None
     if resume and not (out/"store.json").exists():
         raise ValueError(f"nothing to resume in {out}: it holds no store; leave out --resume to start one")
-    store = capture(net, task, sites.split(",") if sites else stream_sites(net), out, shards, sequences, bounds, seed,
+    net, what, asked = open_job(model, data, task, packed=packed, bos=not no_bos, field=field)
+    if asked and ranks()[0] == 0: print(f"the task is {what.name}: {asked}")
+    store = capture(net, what, sites.split(",") if sites else stream_sites(net), out, shards, sequences, bounds, seed,
                     overwrite, dtype)
-    if ranks()[0] == 0: print(f"{len(store)} rows of {len(store.sites)} sites in {out}")
+    if ranks()[0] != 0: return
+    windows = f", windows of {store.info['capture']['lengths'][1]} tokens" if hasattr(what, "windows") else ""
+    print(f"{len(store)} rows of {len(store.sites)} sites in {out}{windows}")
 
 
 @benchmark.command("models")
@@ -279,13 +276,19 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
               model: Annotated[Optional[str],
                                typer.Option(help="The model that the store is of, as for capture: ndm then starts "
                                                  "from what each component wrote.")] = None,
+              skip_first: Annotated[int,
+                                    typer.Option(min=0, help="Leave out the first N positions of every sequence.")] = 0,
+              keep_massive: Annotated[bool,
+                                      typer.Option("--keep-massive",
+                                                   help="Keep rows of another order of magnitude, as position 0 of "
+                                                        "language models is; they are set aside if not.")] = False,
               seed: Seed = 0, overwrite: Overwrite = False):
     "Find the subspaces of sites of a store, and how many there are."
-    from subspace_circuits.activations import ActivationStore, check_model
+    from subspace_circuits.activations import ActivationStore, check_model, from_position
     from subspace_circuits.models import open_model
     from subspace_circuits.text import open_planted
     from subspace_circuits.files import owned
-    from subspace_circuits.partition import PARTITION
+    from subspace_circuits.partition import PARTITION, massive_rows
     from subspace_circuits.closed_form import closed_form
     from subspace_circuits.growth import grow_partition, learn_partition
     from subspace_circuits.search import stored_sequences, written
@@ -298,7 +301,8 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
     sites = dict.fromkeys(x for v in fits.values() for x in v)
     if model and method != "ndm":
         raise ValueError(f"--model is for method ndm, {method} asks for rows alone: leave it out")
-    asked = f"{method}, writers" if model else method
+    asked = (f"{method}, writers" if model else method) + f", without the first {skip_first}"*(skip_first > 0)
+    asked += ", massive rows kept"*keep_massive
     if model:
         net = known.model if (known := open_planted(model)) else open_model(model)[0]
         check_model(acts, net)
@@ -307,10 +311,16 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
     kept = {o: _kept_partition(folder, o, asked, seed, acts.info["capture"]["weights"])
             for o, folder in folders.items() if not overwrite}
     todo = [o for o in folders if kept.get(o) is None]
-    more = {o: dict(written=v) for o, v in written(net, stored_sequences(acts), todo).items()} if model and todo else {}
+    rows = from_position(acts, skip_first) if todo else None
+    quiet = rows.clone() if model and todo else None # what components wrote is asked of rows that are not set aside
+    for o in todo if quiet is not None and not keep_massive else ():
+        quiet[rows.nonzero()[:, 0][massive_rows(acts[o][rows])[0]]] = False
+    wrote = written(net, stored_sequences(acts, quiet), todo) if model and todo else {}
     for o, folder in folders.items():
         if (found := kept.get(o)) is None:
-            found = methods[method](acts[o], o, seed, weights=acts.info["capture"]["weights"], **more.get(o, {}))
+            more = dict(written=wrote[o]) if model else {}
+            found = methods[method](acts[o][rows], o, seed, weights=acts.info["capture"]["weights"],
+                                    keep_massive=keep_massive, **more)
             found.info["asked"] = asked
             found.save_pretrained(folder)
         print(found)
@@ -341,6 +351,7 @@ def circuit(model: Annotated[str,
                                                    "again if it holds the same job.")],
             data: Annotated[Optional[str],
                             typer.Option(help="As for capture; the model's own task if not given.")] = None,
+            task: AsTask = None,
             answers: Annotated[int, typer.Option(min=10,
                                                  help="Right answers to choose edges on at first; forty times as many "
                                                       "are asked for counterexamples.")] = 1000,
@@ -351,7 +362,7 @@ def circuit(model: Annotated[str,
             seed: Seed = 0, overwrite: Overwrite = False):
     "Find the edges between given subspaces that a model's answers need, and draw them."
     from subspace_circuits.circuit_graph import edge_rows, score_words, write_circuit
-    G = write_circuit(model, partitions, out, data, answers, explorer, static, seed, overwrite)
+    G = write_circuit(model, partitions, out, data, answers, explorer, static, seed, overwrite, task)
     rows, choice = [o for o in edge_rows(G) if o["type"] != "skip"], G.graph["choice"]
     for o in rows:
         print(f"{o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} {score_words(o)}"
@@ -403,6 +414,7 @@ def evaluate(suite: Annotated[str,
              layers: Annotated[Optional[str],
                                typer.Option(help="Layers to patch instead of the published ones, as "
                                                  "test1=0,test2=0.")] = None,
+             task: AsTask = None,
              supervised: Annotated[bool,
                                    typer.Option("--supervised",
                                                 help="For carriers: learn the best subspace of the same size, as a "
@@ -414,7 +426,7 @@ def evaluate(suite: Annotated[str,
         raise ValueError(f"layers {layers!r}: write a test and a layer, as test1=0,test2=0")
     depth = {k: int(v) for k, v in (o.split("=") for o in layers.split(","))} if layers else None
     for line in summary_lines(evaluate(suite, model, partitions, out, facts, prompts, depth, supervised, seed,
-                                       overwrite)):
+                                       overwrite, task)):
         print(line)
     print(f"figure: {out.with_suffix('.html')}")
 
@@ -453,20 +465,27 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
     except KeyboardInterrupt: server.stop()
 
 
+# What memory, disk and the system refuse is no bug of ours: how their errors begin, and what to do about it.
+REFUSED = {"not enough memory": "shorter sequences (--lengths) or fewer at once (--sequences) take less",
+           "can't allocate memory": "shorter sequences (--lengths) or fewer at once (--sequences) take less",
+           "out of memory": "shorter sequences (--lengths) or fewer at once (--sequences) take less"}
+
+
 def main():
-    "Exit 2 with one line for the user's mistake; a bug of ours shows its traceback and exits 1."
+    """Exit 2 with one line for what the user, memory or disk refuses; a bug of ours shows its traceback, says where to
+    report it, and exits 1."""
     try: app()
-    except ValueError as e:
-        if not raised_here(e): raise
-        sys.exit(fail(e))
     except KeyboardInterrupt: sys.exit(fail("interrupted: the same command continues where it stopped", 130))
-
-
-def raised_here(e: Exception) -> bool:
-    "Whether this package raised an error itself, with a message for the user."
-    last = e.__traceback__
-    while last.tb_next: last = last.tb_next
-    return Path(__file__).parent in Path(last.tb_frame.f_code.co_filename).parents
+    except Exception as e:
+        from subspace_circuits.files import raised_here, reason
+        if raised_here(e): sys.exit(fail(e))
+        if isinstance(e, OSError): sys.exit(fail(f"{reason(e)}: make room, or name a place that can be written"))
+        memory = next((v for k, v in REFUSED.items() if k in str(e).lower()), None) or (
+            REFUSED["out of memory"] if isinstance(e, MemoryError) else None)
+        if memory: sys.exit(fail(f"memory does not suffice: {memory}"))
+        traceback.print_exc()
+        sys.exit(fail("this is a bug of ours: please report the lines above at "
+                      "https://github.com/subspace-circuits/subspace_circuits/issues", 1))
 
 
 def fail(message, code: int = 2) -> int:

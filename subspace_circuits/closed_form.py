@@ -22,7 +22,8 @@ from scipy.stats import t as student
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .partition import Partition, Verdict, check_activations, complement, noise_floor, orthonormal
+from .partition import (
+    Partition, Verdict, check_activations, complement, noise_floor, ordinary, orthonormal)
 
 # %% ../nbs/02b_closed_form.ipynb #cumulants
 def cumulants(
@@ -501,6 +502,7 @@ def evidence(blocks:list[Block], accepted:list[CutTest], merged:list[tuple], row
                         for o in merged])
 
 # %% ../nbs/02b_closed_form.ipynb #closed-form
+@ordinary
 def closed_form(
     h:Float[Tensor, "row d"], # Activations of a site
     site:str, # Its hook name

@@ -20,8 +20,8 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .activations import fingerprint
-from .forward import ACTIVATIONS, Weights, circuit_sites, read_site, write_site
+from .activations import check_fingerprint, fingerprint
+from .forward import Weights, circuit_sites, parallel, read_site, write_site
 from .known_circuits import KnownCircuit
 from .partition import Partition, check_learned_on
 from .toy_models import Task
@@ -63,12 +63,12 @@ def _gather(w, sums, rows, batch):
         for kind, o in (("stream", x), ("scale", s), ("read", r), ("within", r - middle)):
             sums.add((kind, site), o[real])
         # behind the last attention, nothing else reaches an answer
-        asked = site in w.sites[-1 - bool(w.mlps):] and batch.scored.any()
+        asked = site in w.sites[-1 - bool(w.mlps and not w.parallel):] and batch.scored.any()
         rows.setdefault(site, []).append(r[batch.scored if asked else real])
         for i in layers:
             for h in range(w.cfg.n_heads): sums.add(("attended", i, h), (patterns[i][:, h]@r)[real])
         for i in range(len(w.mlps)):
-            if write_site(i) == site: sums.add(("mlp", i), w.mlp(i, r)[real])
+            if w.site(2*i + 1) == site: sums.add(("mlp", i), w.neurons(i, r)[real])
 
 # %% ../nbs/03a_edges.ipynb #moments
 class Moments:
@@ -79,6 +79,8 @@ class Moments:
                  lengths:tuple[int,int]|None=None, # Shortest and longest; the task's own if not given
                  keep:int=512, # Rows of each site to keep, for MLPs and signs
     ):
+        if not hasattr(task, "sample"):
+            raise ValueError(f"{task!r} is no task: pass one, for moments are of what a model reads in its sequences")
         self.model, self.weights, self.documents, self.longest = model, Weights(model), n, 0
         g, sums, rows = torch.Generator().manual_seed(seed), _Sums(), {}
         for size in [50]*(n//50) + [n % 50]*(n % 50 > 0):
@@ -110,7 +112,8 @@ def check_partitions(
     will do."""
     c, d, found = model.cfg, model.cfg.d_model, dict(partitions)
     every = circuit_sites(model)
-    touched = {s for i in layers or () for s in (read_site(i), write_site(i, c.attn_only), read_site(i + 1))}
+    whole = c.attn_only or parallel(model)
+    touched = {s for i in layers or () for s in (read_site(i), write_site(i, whole), read_site(i + 1))}
     sites = every if layers is None else [o for o in every if o in touched]
     if not c.attn_only: found.setdefault(every[-1], Partition({"stream": torch.eye(d)}, every[-1]))
     for site in sites:
@@ -171,9 +174,9 @@ def qk_energy(
     L, outer = w.of(layer), lambda x: x[..., :, None]*x[..., None, :]
     A = torch.cat([seen_by(U, m.second(site), L["Q"]), outer(L["bQ"])[:, None]], 1)
     B = seen_by(U, m.cov["within", site], L["K"])
-    if w.rotary is None: return block_energy(A, B)
+    if w.ways[layer].turn is None: return block_energy(A, B)
     steady = outer(torch.stack([m.mean["read", site]@u@u.T@L["K"] for u in U] + [L["bK"]], 1)) # of keys at their means
-    turns = [w.turn(torch.eye(w.cfg.d_head, dtype=w.dtype), o)
+    turns = [w.turn(torch.eye(w.cfg.d_head, dtype=w.dtype), o, layer)
              for o in torch.linspace(0, m.longest - 1, offsets).long()]
     turned, middle = (lambda T: T.T@A@T), sum(turns)/offsets
     B = torch.cat([B, 0*B[:, :1]], 1) + steady
@@ -194,7 +197,7 @@ def slopes(
     r:Float[Tensor, "row d_model"], # Read vectors
 )->Float[Tensor, "row neuron"]: # A gated neuron counts twice
     "Compute what each neuron multiplies its input with, to first order."
-    act, up = ACTIVATIONS[w.cfg.act_fn], r@L["W_in"] + L["b_in"]
+    act, up = w.act, r@L["W_in"] + L["b_in"]
     def slope(x):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -214,7 +217,7 @@ def jacobian_energy(
 )->Float[Tensor, "a c"]:
     """Compute the variance an MLP writes from each subspace to each, to first order, in closed form from the slopes'
     co-moment."""
-    w, site = m.weights, write_site(layer)
+    w, site = m.weights, m.weights.site(2*layer + 1)
     (W_in, W_out), g = neurons(w.mlps[layer]), slopes(w, w.mlps[layer], m.rows[site])
     G, C = g.T@g/len(g), m.cov["read", site].float()
     X, Y = [u.T@W_in for u in read.bases.values()], [W_out@u for u in write.bases.values()]
@@ -230,7 +233,7 @@ class Sobol:
     subspaces are independent."""
     def __init__(self, m:Moments, layer:int, read:Partition, write:Partition, seed:int=0):
         self.w, self.layer, self.write, self.names = m.weights, layer, write, read.names
-        self.rows = m.rows[write_site(layer)][:512 if m.weights.cfg.d_model <= 256 else 128]
+        self.rows = m.rows[m.weights.site(2*layer + 1)][:512 if m.weights.cfg.d_model <= 256 else 128]
         self.other = self.rows[torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))]
         self.parts = {k: (self.rows - self.other)@u@u.T for k, u in read.bases.items()}
         self.y = self.w.mlp(layer, self.rows)
@@ -357,10 +360,10 @@ def neuron_energy(
     turns:Float[Tensor, "draw d column"]|None=None, # Of what neurons read, eight draws later of what they write
 )->Float[Tensor, "... a c"]:
     "Compute the share of the energy that single neurons carry from each subspace to each, as they are or rotated."
-    w, site = m.weights, write_site(layer)
+    w, site = m.weights, m.weights.site(2*layer + 1)
     L, rows, roots = w.mlps[layer], m.rows[site][:64].float(), [] # single precision: sums of squares, many times over
     size = slopes(w, L, m.rows[site]).square().mean(0)*(o := neurons(L))[0].square().sum(0)*o[1].square().sum(1)
-    top = size.view(-1, w.cfg.d_mlp).sum(0).topk(min(NEURONS, w.cfg.d_mlp)).indices
+    top = size.view(-1, len(L["W_out"])).sum(0).topk(min(NEURONS, len(L["W_out"]))).indices
     L = {k: (v[top] if k == "W_out" else v if k == "b_out" else v[..., top]).float() for k, v in L.items()}
     for u in read.bases.values():
         e, v = torch.linalg.eigh(u.T@m.cov["read", site].float()@u)
@@ -462,7 +465,7 @@ def attention_edges(
     turns:Float[Tensor, "draw d column"], generator:torch.Generator, # Of random heads, from `rotations`; of signs
 )->list[dict]:
     "Score the QK and OV blocks of a layer."
-    m, w, sites = split.moments, split.weights, (read_site(layer), write_site(layer, split.weights.cfg.attn_only))
+    m, w, sites = split.moments, split.weights, (read_site(layer), split.weights.into(2*layer))
     read, write = (split.partitions[o] for o in sites)
     L, U, V, variance = w.of(layer), _bases(read, w), _bases(write, w), m.cov["stream", sites[1]].trace()
     null, qk, ov = HeadNull(m, layer, read, write, turns), qk_energy(m, layer, read), ov_energy(m, layer, read, write)
@@ -490,7 +493,7 @@ def mlp_edges(
     split:PartitionedModel, layer:int, turns:Float[Tensor, "draw d column"], # Of random neurons, from `rotations`
 )->list[dict]:
     "Score the blocks of an MLP by the variance that is lost when a subspace comes from another row."
-    m, w, sites = split.moments, split.weights, (write_site(layer), read_site(layer + 1))
+    m, w, sites = split.moments, split.weights, (split.weights.site(2*layer + 1), read_site(layer + 1))
     read, write = (split.partitions[o] for o in sites)
     s, variance = Sobol(m, layer, read, write), m.cov["stream", sites[1]].trace()
     total, first = (torch.stack([f(o) for o in read.names]) for f in (s.total, s.closed))

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .activations import check_sites, fingerprint, read_sites
 from .files import read_tensors, write_tensors
-from .forward import NORMS, fold
+from .forward import fold, read_norm
 from .partition import Partition, check_learned_on, complement
 from .toy_models import Batch
 
@@ -356,7 +356,7 @@ def prompt_by_prompt(
 def _folded(model, norm, W):
     "A reading matrix with its norm's scale and centring folded in; columns are what is read."
     if norm is None: return W
-    return fold(NORMS.get(str(model.cfg.normalization_type).upper()), norm, W, W.new_zeros(W.shape[1]))[0]
+    return fold(read_norm(norm, len(W)), W, W.new_zeros(W.shape[1]))[0]
 
 # %% ../nbs/02g_evaluation.ipynb #readers-of
 def readers(

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-__all__ = ["check", "check_free", "comment", "damaged", "kind_of", "left_over", "mark", "of_others", "owned", "read_json",
-           "read_tensors", "reason", "remove", "replacing", "sha256", "walk", "write_json", "write_tensors",
+__all__ = ["check", "check_free", "comment", "damaged", "foreign", "kind_of", "left_over", "mark", "of_others", "owned",
+           "raised_here", "read_json", "read_tensors", "reason", "remove", "replacing", "sha256", "walk", "write_json",
+           "write_tensors",
            "write_text"]
 
 PROGRAM = "subspace_circuits"
@@ -27,7 +28,23 @@ hashed = {} # What identifies a file's content, to its SHA-256
 
 def reason(e: Exception) -> str:
     "The first sentence of another library's error, in one line."
-    return " ".join(str(e).split()).split(". ")[0][:200]
+    return " ".join(str(e).split()).split(". ")[0][:200] or type(e).__name__
+
+
+def raised_here(e: Exception) -> bool:
+    "Whether this package raised an error itself, with a message for the user."
+    last = e.__traceback__
+    while last.tb_next: last = last.tb_next
+    return isinstance(e, ValueError) and Path(__file__).parent in Path(last.tb_frame.f_code.co_filename).parents
+
+
+@contextmanager
+def foreign(what: str, remedy: str):
+    "The door to another library: whatever it raises leaves as one line that says what failed and what would work."
+    try: yield
+    except Exception as e:
+        if raised_here(e): raise
+        raise ValueError(f"{what}: {remedy} ({reason(e)})") from e
 
 
 def of_others(path: str) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .neighbors import nearest
-from .partition import Partition, Verdict, check_activations, complement, orthonormal
+from .partition import Partition, Verdict, check_activations, complement, ordinary, orthonormal
 from .search import Wrote, find_partition, ndm, neighbor_distance, units
 
 # %% ../nbs/02d_growth.ipynb #settings
@@ -193,6 +193,7 @@ def vote(site:WhiteSite, tries:list, seed:int)->tuple[list, dict]:
     return able[scores.index(min(scores))], info
 
 # %% ../nbs/02d_growth.ipynb #grow-partition
+@ordinary
 def grow_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site
     site:str, # Its hook name
@@ -224,12 +225,13 @@ def learn_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site
     site:str, # Its hook name
     seed:int=0, weights:str="", written:dict[str, Wrote]|None=None, # As for `find_partition`
+    keep_massive:bool=False, # Keep rows of another order of magnitude
 )->Partition: # The verdict says which method it is
     """Find a partition by cuts; if no cut holds, by what components wrote, or by growth where that is not known or all
     the same."""
-    p = find_partition(h, site, seed, weights, written, apart=bool(written))
+    p = find_partition(h, site, seed, weights, written, apart=bool(written), keep_massive=keep_massive)
     if p.info["outcome"] != "not separated" or p.info["subspaces"] > 1: return p
-    grown = grow_partition(h, site, seed, weights=weights)
+    grown = grow_partition(h, site, seed, weights=weights, keep_massive=keep_massive)
     return Partition(grown.bases, site, grown.mean,
                      grown.info | dict(outcome=p.info["outcome"],
                                        verdict=f"{p.info['verdict']}; {grown.info['verdict']}"))

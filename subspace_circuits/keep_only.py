@@ -26,11 +26,11 @@ def empty_masks(
     "Give the masks of a model that keeps nothing."
     k, out = {s: len(p.names) for s, p in partitions.items()}, {}
     for i in range(w.cfg.n_layers):
-        read, middle, write = (k.get(w.site(o)) for o in (2*i, 2*i + 1, 2*i + 2))
+        read, middle, asked, write = (k.get(o) for o in (w.site(2*i), w.into(2*i), w.site(2*i + 1), w.into(2*i + 1)))
         if read is None or middle is None: continue
         for h in range(w.cfg.n_heads):
             out[f"L{i}H{h}", "QK"], out[f"L{i}H{h}", "OV"] = torch.zeros(read + 1, read + 1), torch.zeros(read, middle)
-        if w.mlps and write is not None: out[f"MLP{i}", "MLP"] = torch.zeros(middle, write)
+        if w.mlps and write is not None: out[f"MLP{i}", "MLP"] = torch.zeros(asked, write)
     for name, site in (("embed", w.sites[0]), ("position", w.sites[0]), ("unembed", w.sites[-1])):
         if site in k: out[name, "unembed" if name == "unembed" else "embed"] = torch.zeros(k[site])
     return out
@@ -51,7 +51,8 @@ def _place(w, partitions, edge):
         return names.index(name)
     half = _half(w, component, kind)
     read = [] if kind == "embed" else [index(w.site(half), a)]
-    written = [] if kind == "unembed" else [index(w.site(half + (kind != "QK")), b)]
+    into = w.site(half) if kind == "QK" else w.sites[0] if kind == "embed" else w.into(half)
+    written = [] if kind == "unembed" else [index(into, b)]
     return (component, kind), (*read, *written)
 
 def masks_of(
@@ -81,7 +82,7 @@ def _scores(keep, layer, head, mask):
     "For each group of query subspaces: query map and bias, key map and bias, in coordinates of the site."
     L, site = keep.w.heads[layer], keep.w.site(2*layer)
     # queries meet what stands for other keys; if that is the same for all keys, the softmax does not see it
-    replaced = keep.mode == "resample" or (keep.mode == "mean" and keep.w.rotary is not None)
+    replaced = keep.mode == "resample" or (keep.mode == "mean" and keep.w.ways[layer].turn is not None)
     rows, cols = mask_groups(mask, zeros=replaced)
     if not len(rows): return None
     Q, K = (keep.basis[site].T@L[o][head] for o in "QK")
@@ -90,7 +91,7 @@ def _scores(keep, layer, head, mask):
 
 def _values(keep, layer, head, mask):
     "For each group of written subspaces: the map of values and the map of outputs, in coordinates of the two sites."
-    L, read, write = keep.w.heads[layer], keep.w.site(2*layer), keep.w.site(2*layer + 1)
+    L, read, write = keep.w.heads[layer], keep.w.site(2*layer), keep.w.into(2*layer)
     cols, rows = mask_groups(mask.T)
     if not len(rows): return None
     V, O = keep.basis[read].T@L["V"][head], L["O"][head]@keep.basis[write]
@@ -98,7 +99,7 @@ def _values(keep, layer, head, mask):
 
 def _neurons(keep, layer, mask):
     "For each group of written subspaces: the mask of what is read and of what is written, in coordinates."
-    read, write = keep.group[keep.w.site(2*layer + 1)], keep.group[keep.w.site(2*layer + 2)]
+    read, write = keep.group[keep.w.site(2*layer + 1)], keep.group[keep.w.into(2*layer + 1)]
     cols, rows = mask_groups(mask.T, zeros=True) # what reads nothing still gets what the neurons make of nothing
     return rows[:, read], cols[:, write]
 
@@ -121,7 +122,13 @@ def _masked(
     return ((x - f)@U*mask)@U.T + f
 
 # %% ../nbs/03b_keep_only.ipynb #attention
-def _score(keep, layer, head, z, f, positions):
+def _divided(keep, layer, r):
+    "What queries and keys of a layer are divided by behind their maps, from the row's own whole query and key."
+    for o in "QK":
+        if o not in keep.w.ways[layer].behind: yield None
+        else: yield keep.w.ways[layer].behind[o].size(keep.w.project(layer, o, r))
+
+def _score(keep, layer, head, z, f, positions, sizes=(None, None)):
     "A head's attention scores from its kept blocks; `z` is what is read, in coordinates of the site."
     if (parts := keep.parts[f"L{layer}H{head}", "QK"]) is None: return z.new_zeros(len(z), z.shape[1], z.shape[1])
     (Q, bQ, K, bK), U = parts, keep.basis[keep.w.site(2*layer)]
@@ -129,39 +136,40 @@ def _score(keep, layer, head, z, f, positions):
     q = einsum(z, Q, into) + bQ[:, None]
     k = einsum(z if keep.mode == "zero" else z - f@U, K, into) + bK[:, None]
     if keep.mode != "zero": k = k + (f@keep.w.heads[layer]["K"][head]).expand(*z.shape[:2], -1)[:, None]
-    q, k = (keep.w.turn(o, positions[:, None]) for o in (q, k))
+    q, k = (o if s is None else o/s[:, head % s.shape[1]][:, None] for o, s in zip((q, k), sizes))
+    q, k = (keep.w.turn(o, positions[:, None], layer) for o in (q, k))
     return einsum(q, k, "batch group query d_head, batch group key d_head -> batch query key")
 
 def _attention(keep, layer, x, positions):
     "What the kept blocks of a layer's heads add."
-    read, write, L = keep.w.site(2*layer), keep.w.site(2*layer + 1), keep.w.heads[layer]
+    read, write, L = keep.w.site(2*layer), keep.w.into(2*layer), keep.w.heads[layer]
     r, out, coordinates, U = keep.read(x, read), L["bO"], x.new_zeros(x.shape), keep.basis[read]
-    z, f = r@U, _stand_in(keep, r, ("read", read))
+    z, f, sizes = r@U, _stand_in(keep, r, ("read", read)), tuple(_divided(keep, layer, r))
     for h in range(keep.w.cfg.n_heads):
         held = f if keep.mode == "resample" else _stand_in(keep, r, ("attended", layer, h))
         lost, parts = held@L["V"][h] + L["bV"][h], keep.parts[f"L{layer}H{h}", "OV"] # values of what is not kept
         if parts is None and keep.mode != "resample":
             out = out + lost@L["O"][h]
             continue
-        pattern = keep.w.softmax(_score(keep, layer, h, z, f, positions))
+        pattern = keep.w.softmax(_score(keep, layer, h, z, f, positions, sizes), layer)
         out = out + (pattern@lost if keep.mode == "resample" else lost)@L["O"][h]
         if parts is None: continue
         v = einsum(z if keep.mode == "zero" else z - held@U, parts[0],
                    "batch pos d, group d d_head -> batch group pos d_head")
         coordinates = coordinates + einsum(pattern[:, None]@v, parts[1],
                                            "batch group pos d_head, group d_head d -> batch pos d")
-    return out + coordinates@keep.basis[write].T
+    return keep.w.behind(layer, "attn", out + coordinates@keep.basis[write].T)
 
 def _mlp(keep, layer, x):
     "What the kept blocks of an MLP add: to each group of subspaces, the MLP on what that one may read."
-    read, U = keep.w.site(2*layer + 1), keep.basis[keep.w.site(2*layer + 2)]
+    read, U = keep.w.site(2*layer + 1), keep.basis[keep.w.into(2*layer + 1)]
     r, out = keep.read(x, read), 0
     f = _stand_in(keep, r, ("read", read))
     for rows, cols in zip(*keep.parts[f"MLP{layer}", "MLP"]):
         if keep.mode == "mean" and not rows.any(): y = keep.m.mean["mlp", layer].float()
-        else: y = keep.w.mlp(layer, _masked(keep, r, f, read, rows))
+        else: y = keep.w.neurons(layer, _masked(keep, r, f, read, rows))
         out = out + y@U*cols
-    return out@U.T
+    return keep.w.behind(layer, "mlp", out@U.T)
 
 # %% ../nbs/03b_keep_only.ipynb #keep-only
 MODES = ("zero", "mean", "resample")
@@ -228,8 +236,8 @@ def _streams(keep, x, positions, start=0)->dict[int, Float[Tensor, "batch pos d_
     out = {start: x}
     for half in range(start, keep.w.halves):
         if half//2 not in keep.layers: added = keep.w.added(half, x, positions)[0]
-        elif half % 2 == 0: added = keep.attention(half//2, x, positions)
-        else: added = keep.mlp(half//2, x) if keep.w.mlps else None
+        elif half % 2: added = keep.mlp(half//2, x) if keep.w.mlps and not keep.w.parallel else None
+        else: added = keep.attention(half//2, x, positions) + (keep.mlp(half//2, x) if keep.w.parallel else 0)
         x = out[half + 1] = x if added is None else x + added
     return out
 
@@ -239,7 +247,7 @@ def _unembed(keep, x:Float[Tensor, "... d_model"])->Float[Tensor, "... vocab"]:
     if ("unembed", "unembed") not in keep.masks: return keep.w.logits(x)
     r = keep.read(x, site)
     kept = _masked(keep, r, _stand_in(keep, r, ("read", site)), site, keep.parts["unembed", "unembed"])
-    return kept@keep.w.W_U + keep.w.b_U
+    return keep.w.capped(kept@keep.w.W_U + keep.w.b_U)
 
 @torch.no_grad()
 def _call(
@@ -334,6 +342,7 @@ def _singles(judge, keep:KeepOnly, edges:list[dict])->list[float]:
     before = keep.streams(keep.embed(b.tokens, b.positions), b.positions)
     for o in edges:
         new, half = keep.without([o]), _half(keep.w, o["component"], o["type"])
+        if keep.w.parallel: half -= half % 2 # an MLP runs with the attention beside it
         x = before[half] if half >= 0 else new.embed(b.tokens, b.positions)
         found.append(judge.of(new.unembed(new.streams(x, b.positions, max(half, 0))[keep.w.halves]))[0])
     return found

@@ -17,17 +17,19 @@ from subspace_circuits.dependence import determination, subspace_information
 from subspace_circuits.edges import Moments, PartitionedModel
 from subspace_circuits.explorer import readable
 from subspace_circuits.files import check, kind_of, left_over, read_json, remove, sha256, walk, write_json
-from subspace_circuits.forward import circuit_sites
+from subspace_circuits.forward import Weights, circuit_sites, parallel
 from subspace_circuits.growth import grow_partition, learn_partition
 from subspace_circuits.keep_only import KeepOnly, divergence
 from subspace_circuits.known_circuits import KnownCircuit, decode, null_model
+from subspace_circuits.models import folder_config, model_path
+from subspace_circuits.own_tasks import Asked, open_job
 from subspace_circuits.partition import (
-    PARTITION, Partition, between_class, judge_shares, key_shares, name_subspaces, variable_shares)
+    PARTITION, Partition, between_class, judge_shares, key_shares, massive_rows, name_subspaces, variable_shares)
 from subspace_circuits.preimages import INDEX
 from subspace_circuits.report import write_report
 from subspace_circuits.search import stored_sequences, written
 from subspace_circuits.tasks import PairTask
-from subspace_circuits.text import open_planted, open_task
+from subspace_circuits.text import open_planted
 from subspace_circuits.toy_models import Task, accuracy, attention, head_scores, load_model
 
 __all__ = ["run"]
@@ -40,12 +42,14 @@ RUN = {f"{k}.json": v for k, v in JSONS.items()} | {
     "report.html": "report", "store": STORE, "control": STORE, "partitions": {"*": PARTITION}, "index": {"*": INDEX}}
 
 
-def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bool = False) -> dict:
-    "Run the main job on a model into a folder, or continue it; returns the metrics."
+def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bool = False,
+        asked: str | None = None) -> dict:
+    "Run the main job on a model and a task (its own if none is asked for) into a folder, or continue it; the metrics."
     torch.set_num_threads(1)
-    model, task, known = opened(name)
+    model, task, known, answered = opened(name, asked)
+    Weights(model) # what cannot be read is refused before anything is captured
     out, sites = Path(out), run_sites(model, known)
-    job = dict(model=name, seed=seed, version=__version__, model_sha256=fingerprint(model), task=task.name,
+    job = dict(model=name, seed=seed, asked=asked, version=__version__, model_sha256=fingerprint(model), task=task.name,
                n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
     if claim(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
     clock = Clock(out/"seconds.json")
@@ -56,24 +60,27 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     with clock("circuit"): split, edges, found = wire(out, model, task, partitions, seed)
     with clock("keep-only"): scores = keep_only_scores(split, task, edges)
     key = against_key(known, partitions, edges, found) if known else {}
-    write_metrics(out, model, task, evidence, scores, circuit_counts(edges, found), key, clock.seconds, seed)
+    said = dict(asked=dict(task=task.name, said=str(answered), **answered._asdict())) if answered else {}
+    write_metrics(out, model, task, evidence, said | scores, circuit_counts(edges, found), key, clock.seconds, seed)
     write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])), "run")
     write_report(out)
     list_files(out)
     return read_json(out/"metrics.json", "metrics")
 
 
-def opened(name: str) -> tuple[torch.nn.Module, Task, KnownCircuit | None]:
-    "A model, its task, and its answer key if it was planted."
+def opened(name: str, asked: str | None = None) -> tuple[torch.nn.Module, Task, KnownCircuit | None, Asked | None]:
+    "A model, its task, its answer key if it was planted, and how it answered if it was asked."
     known = open_planted(name)
-    model, task = (known.model, known.task) if known else open_task(name)
-    return model, task, known
+    model, task, answered = open_job(name, task=asked)
+    if known: model, task = known.model, known.task
+    return model, task, known, answered
 
 
 def trials(task: Task, n_ctx: int) -> dict[str, tuple[Task, tuple[int, int]]]:
     """What circuits are tried on: held-out pairs, or lists up to twice as long as any of the task's, where there are
     such."""
     lo, hi = task.lengths
+    if not getattr(task, "sized", True): return {"prompts": (task, (lo, hi))}
     if isinstance(task, PairTask):
         more = {"held-out pairs": (task.held_out(), (lo, hi))} if task.args["held_out"] else {}
         return {"trained pairs": (task, (lo, hi))} | more
@@ -92,7 +99,7 @@ def run_sites(model, known: KnownCircuit | None) -> list[str]:
     """The sites between components, in order; what the last layer writes only the logits read: learned where a key
     says what it is, or nothing else stands behind the heads."""
     sites = circuit_sites(model)
-    return sites if known or model.cfg.attn_only else sites[:-1]
+    return sites if known or model.cfg.attn_only or parallel(model) else sites[:-1]
 
 
 def sequences_of(task: Task, shards: int = 6, rows: int = 30_000) -> int:
@@ -171,9 +178,10 @@ def own_partition(out: Path, site: str, seed: int, weights: str) -> Partition:
 def partition_sites(name: str, out: Path, job: dict) -> dict[str, Partition]:
     "Find the partitions that are not there yet, and the control's, two processes at a time; all of them, by site."
     sites, seed = job["sites"], job["seed"]
-    jobs = [(partition_site, (name, str(out), o, seed)) for o in sites
+    asked = job["asked"]
+    jobs = [(partition_site, (name, str(out), o, seed, asked)) for o in sites
             if not (folder_of(out, o)/"partition.json").exists()]
-    if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed)))
+    if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed, asked)))
     if jobs:
         pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
         try:
@@ -183,12 +191,14 @@ def partition_sites(name: str, out: Path, job: dict) -> dict[str, Partition]:
     return {o: own_partition(out, o, seed, job["model_sha256"]) for o in sites}
 
 
-def partition_site(name: str, out: str, site: str, seed: int):
+def partition_site(name: str, out: str, site: str, seed: int, asked: str | None = None):
     "Find, name and store the partition of one site."
     torch.set_num_threads(1)
-    store, (model, task, known) = ActivationStore(Path(out)/"store"), opened(name)
+    store, (model, task, known, _) = ActivationStore(Path(out)/"store"), opened(name, asked)
     rows = site_rows(store, site, known)
-    h, wrote = store[site][rows], written(model, stored_sequences(store, rows), [site])[site]
+    h, quiet = store[site][rows], rows.clone()
+    quiet[rows.nonzero()[:, 0][massive_rows(h)[0]]] = False # as `learn_partition` sets them aside
+    wrote = written(model, stored_sequences(store, quiet), [site])[site]
     p = learn_partition(h, site, seed, weights=store.info["capture"]["weights"], written=wrote)
     name_subspaces(p, h, labels(store, rows, h, site, task, known)).save_pretrained(folder_of(Path(out), site))
 
@@ -209,13 +219,14 @@ def untrained(name: str, model, known: KnownCircuit | None, seed: int):
     """The model before training, or a planted one with random weights of the same size; none of a model that came from
     elsewhere."""
     if known: return null_model(model, "untrained", seed)
-    return load_model(name, trained=False)[0] if model.cfg.architecture == "TransformerLensNative" else None
+    path = model_path(name)
+    return load_model(str(path), trained=False)[0] if "task" in folder_config(path) else None
 
 
-def control_job(name: str, out: str, seed: int):
+def control_job(name: str, out: str, seed: int, asked: str | None = None):
     "The same procedure on the model before training: what is kept, and how it answers."
     torch.set_num_threads(1)
-    full, task, known = opened(name)
+    full, task, known, _ = opened(name, asked)
     if (model := untrained(name, full, known, seed)) is None: return write_json(Path(out)/"control.json", {}, "control")
     folder, sites = Path(out)/"control", run_sites(model, known)
     store = capture(model, read_by(model, task), sites, folder, shards=3, sequences=sequences_of(task), seed=seed)

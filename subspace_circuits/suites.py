@@ -24,6 +24,7 @@ from .evaluation import (
 from .figures import heatmaps
 from .files import check_free, owned, read_json, remove, write_json, write_text
 from .models import open_model
+from .own_tasks import check_able, task_of
 from .partition import Partition, check_learned_on
 from .stability import baseline_partition
 from .tasks import IndirectObject
@@ -517,10 +518,14 @@ def _draw_suite(name, results):
                     size=max(330, 26*len(rows)))
 
 # %% ../nbs/02h_suites.ipynb #evaluate-run
-def _opened(model):
-    "Model, tokenizer, and task where it has one."
+def _opened(model, asked=None):
+    "Model, tokenizer, and task where it has one or is asked for one."
     if known := open_planted(model): return known.model, None, known.task
     net, tokenizer = open_model(model)
+    if asked:
+        task = task_of(asked, net, tokenizer)
+        check_able(net, task, model)
+        return net, tokenizer, task
     return net, tokenizer, load_model(model)[1] if model in model_configs() else None
 
 # %% ../nbs/02h_suites.ipynb #evaluate-run-suite
@@ -578,28 +583,32 @@ def evaluate(
     facts:str|Path|None=None, n:int=1000, # For knowledge-conflict; prompts, sequences or rows
     layers:dict[str, int]|None=None, supervised:bool=False, # Test to layer; learn the bound of each claim
     seed:int=0, overwrite:bool=False,
+    task:str|None=None, # For carriers: as for `task_of`; the model's own if not given
 )->dict: # What the file holds
     "Run a suite on a model and write its figures; interrupted, it continues."
     if name not in EVALUATIONS: raise ValueError(f"unknown suite {name!r}: use one of {', '.join(EVALUATIONS)}")
     if (name == "knowledge-conflict") != bool(facts):
         raise ValueError("knowledge-conflict needs --facts, a JSON file of question, context and facts; the other "
                          "suites take none")
+    if task and name != "carriers":
+        raise ValueError(f"--task is for carriers, {name} writes its own prompts: leave it out")
     cuts, out, parts = read_partitions(partitions), Path(out), Path(out).with_suffix(".parts")
     check_free(out, "evaluation")
     check_free(out.with_suffix(".html"), "evaluation figure")
     if parts.exists(): owned(parts, PATCHES)
-    net, tokenizer, task = _opened(model)
+    net, tokenizer, done = _opened(model, task)
     if facts and not Path(facts).is_file():
         raise ValueError(f"no facts file {facts}: write question, context and facts as JSON")
     job = dict(suite=name, model=model, weights=fingerprint(net),
                partitions={k: v.fingerprint[:16] for k, v in cuts.items()}, facts=_file_id(facts), prompts=n,
                layers=layers or {}, supervised=supervised, seed=seed)
+    if task: job["task"] = done.name
     if out.exists() and not overwrite:
         held = read_json(out, "evaluation")
         if held["job"] == job: return held
         raise ValueError(f"{out} holds something else: name another file, or pass --overwrite")
     if overwrite: remove(parts, PATCHES)
-    results = _run(name, net, tokenizer, task, model, cuts, facts, n, layers, supervised, seed, parts)
+    results = _run(name, net, tokenizer, done, model, cuts, facts, n, layers, supervised, seed, parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     page = _draw_suite(name, results).to_html(include_plotlyjs=True)
     write_text(out.with_suffix(".html"), page, "evaluation figure")

@@ -198,7 +198,8 @@ def variables(
 # %% ../nbs/00_toy_models.ipynb #registry
 TASKS = dict( # Name to class, so that a name alone opens a task, wherever its class is defined
     unique_copy="toy_models.UniqueCopy", ngram_copy="tasks.NgramCopy", unique_bigram_copy="tasks.UniqueBigramCopy",
-    reverse="tasks.Reverse", sort="tasks.Sort", count="tasks.Count", majority="tasks.Majority",
+    reverse="tasks.Reverse", sort="tasks.Sort", count="tasks.Count", count_up="tasks.CountUp",
+    majority="tasks.Majority",
     histogram="tasks.Histogram", fraction_previous="tasks.FractionPrevious", duplicates="tasks.Duplicates",
     repeated_pattern="tasks.RepeatedPattern",
     skip_trigram="tasks.SkipTrigram", modular_addition="tasks.ModularAddition", weekdays="tasks.Weekdays",
@@ -399,6 +400,10 @@ def load_weights(
         if k not in stored or stored[k].shape != v.shape:
             raise ValueError(f"{file} holds no {k} of shape {tuple(v.shape)}: make the model with the configuration "
                              f"the file was written with")
+    if extra := sorted(stored.keys() - ours.keys()):
+        raise ValueError(f"{file} holds {', '.join(extra[:3])}, which its configuration has no place for: make "
+                         f"the model "
+                         "with the configuration the file was written with")
     for k, v in ours.items(): v.data.copy_(stored[k])
 
 # %% ../nbs/00_toy_models.ipynb #model-configs

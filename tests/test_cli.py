@@ -79,6 +79,30 @@ def test_what_circuits_are_tried_on():
         assert list(trials(task, model.cfg.n_ctx)) == want
 
 
+def test_a_task_of_ones_own(tmp_path):
+    "The model is asked first, and what it does not do is not explained."
+    said = refused("run", "induction", "--task", "reverse", "--out", tmp_path/"run")
+    assert "induction does not do reverse: " in said and "would be chance" in said and not (tmp_path/"run").exists()
+    code, out, error = call("capture", "induction", "--task", "unique_copy", "--out", tmp_path/"store", "--shards", 1,
+                            "--sequences", 4)
+    assert code == 0 and out.startswith("the task is unique_copy: 100.0% of "), error
+    assert "pass --task or --data" in refused("capture", "induction", "--task", "unique_copy", "--data", "samples",
+                                              "--out", tmp_path/"other")
+
+
+def test_the_door(tmp_path, monkeypatch, capsys):
+    "What memory or disk refuses is one line and exit 2; a bug of ours says where to report it and exits 1."
+    from subspace_circuits import cli
+    for error, code, said in ((RuntimeError("DefaultCPUAllocator: can't allocate memory: 16 GB"), 2, "--lengths"),
+                              (OSError("No space left on device"), 2, "No space left on device: make room"),
+                              (KeyError("x"), 1, "this is a bug of ours: please report")):
+        def fails(): raise error
+        monkeypatch.setattr(cli, "app", fails)
+        with pytest.raises(SystemExit) as e: cli.main()
+        printed = capsys.readouterr().err
+        assert e.value.code == code and said in printed and ("Traceback" in printed) == (code == 1), printed
+
+
 def test_unknown_model_leaves_nothing(tmp_path):
     assert "unknown model 'inductoin': use one of induction" in refused("run", "inductoin", "--out", tmp_path/"run")
     assert not (tmp_path/"run").exists()
