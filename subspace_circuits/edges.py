@@ -20,7 +20,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .activations import check_fingerprint, fingerprint
+from .activations import fingerprint
 from .forward import Weights, circuit_sites, parallel, read_site, write_site
 from .known_circuits import KnownCircuit
 from .partition import Partition, check_learned_on

@@ -164,13 +164,13 @@ def test_refusals():
     for o in circuit_sites(net)[:-1]:
         with pytest.raises(ValueError, match=f"no partition of {o}"):
             check_partitions(net, {k: v for k, v in p.items() if k != o})
-    with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"):
+    with pytest.raises(ValueError, match="learned on a model of weights aaaaaaaa"):
         check_partitions(net, p | {read_site(0): Partition(p[read_site(0)].bases, read_site(0),
                                                            info=dict(weights="a"*64))})
     with pytest.raises(ValueError, match="at least 64 are needed"): Moments(net, Noise(), n=5)
     known, other = (plant("induction", seed=o, certified=False) for o in (0, 1))
-    with pytest.raises(ValueError, match=f"learned on a model with weights {fingerprint(known.model)[:8]}…, these are "
-                                         f"{fingerprint(other.model)[:8]}…: learn one on this model"):
+    with pytest.raises(ValueError, match=f"learned on a model of weights {fingerprint(known.model)[:12]}, not of "
+                                         f"{fingerprint(other.model)[:12]}: learn one on this model"):
         PartitionedModel(Moments(other.model, other.task, n=60), planted_partitions(known))
     capped = copy.deepcopy(net)
     capped.original_model.output_logits_soft_cap = 1.
@@ -271,7 +271,7 @@ def test_written_once(tmp_path):
         write_circuit(*job[:2], tmp_path/"other.json", explorer="here")
     p = Partition.from_pretrained(cut/"0")
     Partition(p.bases, p.site, info=dict(weights="a"*64)).save_pretrained(cut/"0")
-    with pytest.raises(ValueError, match="learned on a model with weights aaaaaaaa"):
+    with pytest.raises(ValueError, match="learned on a model of weights aaaaaaaa"):
         write_circuit(*job[:2], tmp_path/"other.json")
     assert not list(tmp_path.glob("other*"))
 
