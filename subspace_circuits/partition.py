@@ -167,7 +167,8 @@ def check_learned_on(
     ours = fingerprint(model) if any(p.weights for p in partitions.values()) else ""
     for site, p in partitions.items():
         if not p.weights: continue
-        check_fingerprint(f"the partition of {site} was learned on a model of", p.weights, ours, "learn one on this model")
+        check_fingerprint(f"the partition of {site} was learned on a model of", p.weights, ours,
+                          "learn one on this model")
 
 # %% ../nbs/02_partition.ipynb #shares
 def between_class(
