@@ -108,6 +108,7 @@ def residual_target(models:list[ResidualMLP])->Target:
     matrices = {f"{k}{i}": W[:, i] for i in range(n) for k, W in (("in", W_in), ("out", W_out))}
     target = Target(matrices, run, jacobians=jacobians)
     target.watched = {f"in{i}": torch.relu for i in range(n)} # What activation reconstruction compares
+    target.W_E = W_E
     return target
 
 # %% ../../nbs/decompositions/00_parameters.ipynb #gated-target
