@@ -71,8 +71,8 @@ def run_gates(
 # %% ../../nbs/decompositions/00a_parameter_masks.ipynb #draws
 class Draws:
     "Uniform numbers, those of a seed the same whatever the number of seeds."
-    def __init__(self, seed:int, seeds:int):
-        self.generators = [torch.Generator().manual_seed(seed + i) for i in range(seeds)]
+    def __init__(self, seed:int, seeds:int, starts:int=1): # Starts of every seed
+        self.generators = [torch.Generator().manual_seed(seed + i + 1000*j) for i in range(seeds) for j in range(starts)]
 
     def __call__(self, *shape:int)->Float[Tensor, "seed ..."]:
         "Draw a shape for every seed."

@@ -144,7 +144,7 @@ def _one_of(*options): return lambda v: v in options, "one of " + ", ".join(map(
 _flag = lambda v: isinstance(v, bool), "true or false"
 KEYS = {
     "target": Key("asv", lambda v: isinstance(v, dict), "settings of a target"),
-    "seed": Key("asv", *_count(0), 0), "seeds": Key("asv", *_count(), 1),
+    "seed": Key("asv", *_count(0), 0), "seeds": Key("asv", *_count(), 1), "starts": Key("asv", *_count(), 1),
     "components": Key("asv", *_count()), "start": Key("asv", *_one_of(*STARTS), "normal"),
     "start_scale": Key("asv", *_number(), 1.), "rank": Key("a", *_count(), 1),
     "batch": Key("asv", *_count()), "steps": Key("asv", *_count()), "lr": Key("asv", *_number()),
@@ -368,10 +368,12 @@ class Trainer:
     "A decomposition in training: everything that its next step depends on."
     def __init__(self, settings:dict, target:Target, data): # As `make_target` gives them
         o = self.o = settings
-        self.target, self.data, self.step, self.averages, self.sources = target, data, 0, {}, None
-        seeds = next(iter(target.matrices.values())).shape[0]
+        seeds, self.base, n = next(iter(target.matrices.values())).shape[0], target, o["starts"]
         if seeds != o["seeds"]: raise ValueError(f"the target has {seeds} networks, the settings {o['seeds']} seeds")
-        self.draws, self.importances = Draws(o["seed"] + 10_000, seeds), o["method"] != "apd"
+        if n > 1: target = target.pick([i for i in range(seeds) for _ in range(n)])
+        self.target, self.data, self.step, self.averages, self.sources = target, data, 0, {}, None
+        self.draws, self.importances = Draws(o["seed"] + 10_000, seeds, n), o["method"] != "apd"
+        self.late = torch.zeros(seeds*n) # Sum of the objective over the last tenth of the steps
         self.batches = Batches(data, o["batch"], self.importances)
         self.components = start_components(target, o["components"], o.get("rank", 1), self.draws.generators, o["start"],
                                            o["start_scale"])
@@ -434,12 +436,12 @@ class Trainer:
     def advance(self, x:Float[Tensor, "seed row feature"])->dict[str, Float[Tensor, "seed"]]:
         "Take one step."
         for group in self.optimizer.param_groups: group["lr"] = learning_rate(self.o, self.step)
-        if self.by_hand: out = self._by_hand(x)
-        else:
-            out = self.losses(x)
+        out = self._by_hand(x) if self.by_hand else self.losses(x)
+        objective = sum((1 if k == "importance" else self.o[k])*v for k, v in out.items())
+        if self.step >= .9*self.o["steps"]: self.late += objective.detach()
+        if not self.by_hand:
             self.optimizer.zero_grad()
-            sum(self.o[k]*v for k, v in out.items() if k != "importance").sum().add(
-                out["importance"].sum() if "importance" in out else 0).backward()
+            objective.sum().backward()
         if self.sources:
             self.sources.ascend([v.grad for v in self.sources.values.values()], self._source_lr())
         if self.o["clip"]: self._clip()
@@ -498,7 +500,7 @@ class Trainer:
 
     def tensors(self)->dict[str, Tensor]:
         "Everything, as named tensors."
-        out = {k: v.detach() for k, v in self.parameters.items()} | {"generators": self.draws.state()}
+        out = {k: v.detach() for k, v in self.parameters.items()} | {"generators": self.draws.state(), "late": self.late}
         for k, v in self.parameters.items():
             out |= {f"adam {what} {k}": s for what, s in self.optimizer.state.get(v, {}).items()}
         out |= {f"average {k}": v for k, v in self.averages.items()}
@@ -519,7 +521,17 @@ class Trainer:
                 of.update({k: tensors[f"{what} {k}"] for k in of})
             self.sources.count = int(tensors["source count"])
         self.draws.restore(tensors["generators"])
-        self.step = step
+        self.late, self.step = tensors["late"], step
+
+    def settle(self):
+        "Keep, of several starts, the one with the lowest objective over the last steps; no answer is looked at."
+        n, seeds = self.o["starts"], self.o["seeds"]
+        best = torch.arange(seeds)*n + self.late.view(seeds, n).argmin(1)
+        if n > 1:
+            self.components = Components(*({k: v.detach()[best] for k, v in o.items()} for o in self.components))
+            self.gates = {k: v.detach()[best] for k, v in self.gates.items()}
+            self.target, self.draws = self.base, Draws(self.o["seed"] + 20_000, seeds)
+        return self
 
 # %% ../../nbs/decompositions/00b_parameter_training.ipynb #decompose
 def decompose(
@@ -531,4 +543,4 @@ def decompose(
     if target is None: target, data = make_target(settings)
     trainer = Trainer(settings, target, data)
     for _ in trainer.run(log=log, every=every): pass
-    return trainer
+    return trainer.settle()

@@ -83,7 +83,7 @@ def tms_target(model:Autoencoders)->Target: # One network for each instance
     model_output = lambda x: run(x, target.multiply)
     target = Target(dict(W=W) | {k: model.H[:, i] for i, k in enumerate(layers)}, run,
                     {"W": Site("W")} | {k: Site(k) for k in layers} | {"W.T": Site("W", True)}, jacobians)
-    target.bias = model.b
+    target.bias, target.pick = model.b, lambda which: tms_target(Autoencoders(*(o[which] for o in model)))
     return target
 
 # %% ../../nbs/decompositions/00_parameters.ipynb #residual-target
@@ -108,7 +108,7 @@ def residual_target(models:list[ResidualMLP])->Target:
     matrices = {f"{k}{i}": W[:, i] for i in range(n) for k, W in (("in", W_in), ("out", W_out))}
     target = Target(matrices, run, jacobians=jacobians)
     target.watched = {f"in{i}": torch.relu for i in range(n)} # What activation reconstruction compares
-    target.W_E = W_E
+    target.W_E, target.pick = W_E, lambda which: residual_target([models[i] for i in which])
     return target
 
 # %% ../../nbs/decompositions/00_parameters.ipynb #gated-target
@@ -119,7 +119,9 @@ def gated_target(models:list[GatedFunctions])->Target:
     def jacobians(x):
         on = (times(x, W_in) + b[:, None] > 0).float()
         return {"in": on[..., None]*W_out[:, None], "out": torch.ones(len(x), 1, 1, 1)}
-    return Target({"in": W_in, "out": W_out}, run, jacobians=jacobians)
+    target = Target({"in": W_in, "out": W_out}, run, jacobians=jacobians)
+    target.pick = lambda which: gated_target([models[i] for i in which])
+    return target
 
 # %% ../../nbs/decompositions/00_parameters.ipynb #module-target
 def module_target(

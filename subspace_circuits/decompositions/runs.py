@@ -39,7 +39,7 @@ def decompose_parameters(method: str, config: str | Path, out: Path, seed: int |
     trainer, lines = open_trainer(out, settings)
     _train(trainer, lines, out, until, send)
     if trainer.step < settings["steps"]: return dict(step=trainer.step)
-    metrics = _metrics(trainer)
+    metrics = _metrics(trainer.settle())
     write_text(out/"report.html", _page(trainer, metrics, lines), LAYOUT["report.html"])
     write_json(out/"metrics.json", metrics, LAYOUT["metrics.json"])
     return metrics
