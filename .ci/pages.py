@@ -96,7 +96,7 @@ def process(path):
         for o in ids(cell): where.setdefault(o, []).append(name(cell))
     failed = {cell for cell, _ in nb.found_}
     found = nb.found_ + [(name(o), fault) for o in nb.cells if name(o) not in failed for fault in faults(o, where)]
-    pattern = re.escape(f"{get_config().doc_host}{get_config().doc_baseurl}/") + r"([\w.]+\.html)(?:#([\w.-]+))?"
+    pattern = re.escape(f"{get_config().doc_host}{get_config().doc_baseurl}/") + r"([\w./]+\.html)(?:#([\w.-]+))?"
     links = [(name(o), *link) for o in nb.cells for link in re.findall(pattern, prose(o))]
     head = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells[0].cell_type == "raw" else {}
     return head.get("title"), head.get("output-file", f"{path.stem}.html"), set(where), links, found

@@ -271,7 +271,9 @@ def inner_sizes(
     for site, h in inputs.items():
         V, U = components.at(target, site)
         read = torch.einsum("sbi,scir->sbcr", h, V)
-        effect = effect + torch.einsum("sbcr,scrj,sbjo->sbco", read, U, back[site].expand(-1, h.shape[1], -1, -1))
+        if back[site].shape[1] == 1: # the same for every sample
+            effect = effect + torch.einsum("sbcr,scro->sbco", read, U@back[site])
+        else: effect = effect + torch.einsum("sbcr,scrj,sbjo->sbco", read, U, back[site])
     return effect.square().sum(-1)
 
 def site_inputs(target:Target, x:Tensor)->dict[str, Tensor]: # By site
