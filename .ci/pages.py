@@ -111,7 +111,7 @@ def check(nbs):
     for o in listed ^ set(names): yield o, "the page", "not both a notebook and in the sidebar"
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         done = list(pool.map(process, pages))
-    on_site = {file: ids for _, file, ids, _, _ in done}
+    on_site = {(Path(page).parent/file).as_posix(): ids for page, (_, file, ids, _, _) in zip(names, done)}
     for page, (title, _, _, links, found) in zip(names, done):
         if not title: yield page, "the page", "no title"
         yield from ((page, *o) for o in found)

@@ -119,7 +119,7 @@ def test_gradients_by_hand_over_random_settings():
             assert (mine - theirs).abs().max() < 1e-4*theirs.abs().max()
 
 
-def test_two_of_five_seeds_learn_their_pentagon():
+def test_a_short_run_learns_the_pentagon():
     "A short run of VPD with three starts: components that are rows, and an adversary that gains nothing with time."
     o = read_settings("vpd-current-tms-5-2", batch=128, steps=2500, starts=3, seeds=1)
     trainer = decompose(o)
