@@ -437,7 +437,7 @@ def evaluate(suite: Annotated[str,
 
 @app.command()
 def decompose(method: Annotated[str, typer.Argument(help="apd, spd or vpd.")],
-              config: Annotated[str, typer.Argument(help="A YAML file, or a name of settings that the package ships, as "
+              config: Annotated[str, typer.Argument(help="A YAML file, or a name of shipped settings, as "
                                                          "apd-tms-5-2.")], *,
               out: Out, seed: Annotated[Optional[int], typer.Option(help="Instead of the settings' own.")] = None,
               wandb: Annotated[Optional[str], typer.Option(metavar="PROJECT",

@@ -1,10 +1,10 @@
 """Read and write files so that nobody's work is lost and no damage goes unseen.
 
 Every file that this program writes says so inside, with what it is: JSON in its last key, JSON lines in the first,
-tensors in their metadata, pages, tables and cells in their last line. No file without that mark is ever replaced or removed. JSON carries the
-SHA-256 of its own text, and so do tensors that nothing else lists. Shards, moments, coordinates, cells and partitions
-are hashed where they are first read: once a process, about a second for each GB (`subspace-circuits benchmark store`
-measures it), in pieces, so that the memory of a process does not grow."""
+tensors in their metadata, pages, tables and cells in their last line. No file without that mark is ever replaced or
+removed. JSON carries the SHA-256 of its own text, and so do tensors that nothing else lists. Shards, moments,
+coordinates, cells and partitions are hashed where they are first read: once a process, about a second for each GB
+(`subspace-circuits benchmark store` measures it), in pieces, so that the memory of a process does not grow."""
 import hashlib, json, os, re
 from collections.abc import Iterator
 from contextlib import contextmanager

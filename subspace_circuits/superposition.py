@@ -345,8 +345,8 @@ class GatedFunctions:
         pieces = torch.cat([y[:, :1], slopes[:, :1], slopes.diff(dim=1)], 1) # what each neuron writes
         self.W_out = pieces.reshape(-1, 1)
         self.b = torch.cat([torch.zeros(1), -knots[:-1] - 5]).repeat(n_functions)
-        reads = torch.eye(n_functions).repeat_interleave(neurons + 1, 1)*torch.cat([torch.ones(1), torch.full((neurons,), 5.)]
-                                                                                    ).repeat(n_functions)
+        strength = torch.cat([torch.ones(1), torch.full((neurons,), 5.)]).repeat(n_functions)
+        reads = torch.eye(n_functions).repeat_interleave(neurons + 1, 1)*strength
         self.W_in = torch.cat([(self.b != 0).float()[None], reads]) # The first input is the number
 
     def __call__(self, x:Float[Tensor, "batch feature"])->Float[Tensor, "batch 1"]:

@@ -18,7 +18,8 @@ TOY = dict(steps=50, batch=64)
 
 def call(*args):
     "Exit code, output and error of one command."
-    done = subprocess.run([sys.executable, "-m", "subspace_circuits.cli", *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "subspace_circuits.cli", *map(str, args)], capture_output=True,
+                          text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -73,7 +74,8 @@ def test_refusals(tmp_path):
 def test_target_has_to_match():
     o = read_settings("apd-tms-5-2", target=TOY, **TINY)
     target, data = make_target(o)
-    with pytest.raises(ValueError, match="the target has 2 networks, the settings 3 seeds"): Trainer(o | dict(seeds=3), target, data)
+    with pytest.raises(ValueError, match="the target has 2 networks, the settings 3 seeds"):
+        Trainer(o | dict(seeds=3), target, data)
 
 
 @pytest.mark.parametrize("preset", [o for o in preset_names() if "induction" not in o])

@@ -28,10 +28,11 @@ SEEDS = 5
 # What is run: a shipped preset, and what had to be smaller for two cores; then the least MMCS and ML2R of every seed
 CASES = {
     "APD 5-2": ("apd-tms-5-2", {}, dict(mmcs=.998, ml2r=.89)),
-    "VPD 5-2, best of 3 starts": ("vpd-current-tms-5-2", dict(batch=256, steps=6000, starts=3), dict(mmcs=.999, off=.02)),
-    "APD 40-10": ("apd-tms-40-10-paper", dict(batch=256, steps=8000), dict(mmcs=.996, ml2r=.93)),
+    "VPD 5-2, best of 3 starts": ("vpd-current-tms-5-2", dict(batch=256, steps=6000, starts=3),
+                                  dict(mmcs=.999, off=.02)),
     "VPD 5-2": ("vpd-current-tms-5-2", dict(batch=256, steps=4000), dict(mmcs=.999, off=.02)),
     "SPD 5-2": ("spd-paper-tms-5-2", dict(batch=64, steps=16_000), dict(mmcs=.999, off=.02)),
+    "APD 40-10": ("apd-tms-40-10-paper", dict(batch=256, steps=7000, lr=3e-3), dict(mmcs=.996, ml2r=.93)),
     "SPD residual MLP": ("spd-resid-1l-small", dict(batch=64, steps=3000), {}),
     "VPD residual MLP": ("vpd-resid-1l-small", dict(batch=64, steps=3000), {}),
     "APD residual MLP": ("apd-resid-1l-small", dict(batch=64, steps=2000), {}),
@@ -66,7 +67,8 @@ def run_case(name: str, quick: bool = False) -> dict:
     trainer.settle()
     row |= dict(steps=trainer.step, batch=o["batch"], cpu=time.process_time() - start, wall=time.perf_counter() - wall,
                 reached=reached)
-    return row | (_tms_figures(trainer) if "W" in target.matrices else _residual_figures(trainer)) | _all_figures(trainer)
+    own = _tms_figures if "W" in target.matrices else _residual_figures
+    return row | own(trainer) | _all_figures(trainer)
 
 
 def _scored(P, W, least=None):
@@ -75,7 +77,7 @@ def _scored(P, W, least=None):
 
 
 def _tms_figures(trainer):
-    "The published measures of `W`, with and without components that are next to nothing, and those of who does nothing."
+    "The published measures of `W`, also with components that are next to nothing, and those of who does nothing."
     W, n = trainer.target.matrices["W"], trainer.o["components"]
     nothing = baseline_components(trainer.target, n, trainer.o.get("rank", 1))
     return _scored(trainer.components.matrices("W"), W) | dict(
@@ -88,10 +90,9 @@ def _residual_figures(trainer):
     used = use_of(trainer, one_hot(SEEDS, trainer.data.n_features))
     needed = {k: (v > .1).any(1) for k, v in used.items()}
     best = component_contributions(trainer, trainer.target.W_E).max(-1).values.transpose(1, 2) # seed feature component
-    return dict(represented=(best.max(2).values > .04).sum(1).tolist(), served=[len(set(o.argmax(1).tolist())) for o in best],
-                out_components=[int(o.sum()) for o in needed["out0"]],
-                in_kinds=kinds_of(used["in0"]), out_rank=[int((torch.linalg.svdvals(o) > 1e-3*torch.linalg.svdvals(o)[0]).sum())
-                                                       for o in trainer.target.matrices["out0"]])
+    return dict(represented=(best.max(2).values > .04).sum(1).tolist(),
+                served=[len(set(o.argmax(1).tolist())) for o in best], in_kinds=kinds_of(used["in0"]),
+                out_components=[int(o.sum()) for o in needed["out0"]])
 
 
 def _all_figures(trainer):
@@ -166,7 +167,7 @@ def compare_induction(file: Path, preset: str = "vpd-induction-1", **changes) ->
                    components=o["components"], needed={k: len(v) for k, v in order.items()},
                    use={k: [round(needed[k][i].item(), 3) for i in v] for k, v in order.items()},
                    kl=dict(all=loss(every, 1.), needed=loss(used), none=loss({k: 0*v for k, v in used.items()})),
-                   without={k: [without(k, c) for c in v[:8]] for k, v in order.items() if k in ("Q1", "K1", "V1", "O1")})
+                   without={k: [without(k, c) for c in order[k][:8]] for k in ("Q1", "K1", "V1", "O1")})
         reads = reads_of(trainer, partition, rows[site], w.scale(rows[site].float()))
     for k, v in reads.items(): v["components"] = [v["components"][i] for i in order[k]]
     out["reads"] = reads
@@ -223,11 +224,13 @@ def public_steps(public: dict, o: dict, target) -> Callable[[int], None]:
         model.linear1.weight.copy_(W)
         model.b_final.copy_(b)
     falls = {"constant": "constant", "quarter cosine": "cosine"}[o["schedule"]]
-    settings = dict(C=o["components"], m=o["rank"], topk=o["topk"], batch_size=o["batch"], lr=o["lr"], lr_schedule=falls,
+    settings = dict(C=o["components"], m=o["rank"], topk=o["topk"], batch_size=o["batch"], lr=o["lr"],
+                    lr_schedule=falls,
                     lr_warmup_pct=o["warmup"], param_match_coeff=o["faithfulness"], schatten_pnorm=o["power"],
                     topk_recon_coeff=o["topk_reconstruction"], schatten_coeff=o["schatten"], print_freq=10**6,
-                    task_config=dict(task_name="tms", feature_probability=o["target"]["p"], train_bias=False, bias_val=0.,
-                                     data_generation_type="at_least_zero_active", pretrained_model_path="none"))
+                    task_config=dict(task_name="tms", feature_probability=o["target"]["p"], train_bias=False,
+                                     bias_val=0., data_generation_type="at_least_zero_active",
+                                     pretrained_model_path="none"))
     data = tools.SparseFeatureDataset(n_instances=len(W), n_features=W.shape[1], feature_probability=o["target"]["p"],
                                       device="cpu", data_generation_type="at_least_zero_active")
     def steps(n):
@@ -298,10 +301,11 @@ def case_figures(row: dict) -> Iterator[dict]:
         good = _passes(bars, row["mmcs"], row["ml2r"], row["distinct"], features)
         asked = f"MMCS from {bars['mmcs']}, " + (f"ML2R from {bars['ml2r']}" if "ml2r" in bars else
                                                  f"ML2R within {bars['off']} of 1")
-        yield figure(f"{name}, seeds that hold", good, f"of {row['seeds']}", asked, good == row["seeds"]) | dict(row=row)
+        held = figure(f"{name}, seeds that hold", good, f"of {row['seeds']}", asked, good == row["seeds"])
+        yield held | dict(row=row)
         said = PUBLISHED.get(name, {})
         for k in ("mmcs", "ml2r"):
-            yield figure(f"{name}, {k.upper()}", mean(row[k]), f"(published {said[k]})" if k in said else "(none published)")
+            yield figure(f"{name}, {k.upper()}", mean(row[k]), f"(published {said.get(k, 'nowhere')})")
             for b, o in row["baselines"].items(): yield figure(f"{name}, {k.upper()}, {b}", mean(o[k]), "")
         if row["reached"]:
             least = 60 if "5-2" in name else 600
@@ -321,7 +325,7 @@ def case_figures(row: dict) -> Iterator[dict]:
 
 def benchmark_parameters(
     reference: Path | None = None, # A checkout of the public APD repository, imported read-only
-    log: Path | None = None, # A file of JSON lines for every case as it comes: an interrupted benchmark goes on from there
+    log: Path | None = None, # A file of JSON lines for every case as it comes: the same command goes on from there
     quick: bool = False, # A few steps of each case, held to no bar
 ) -> Iterator[dict]: # What was measured, with its bar
     "Decompose the published toys by every method, and time a step of APD beside the public code."

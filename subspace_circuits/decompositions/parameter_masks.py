@@ -72,7 +72,8 @@ def run_gates(
 class Draws:
     "Uniform numbers, those of a seed the same whatever the number of seeds."
     def __init__(self, seed:int, seeds:int, starts:int=1): # Starts of every seed
-        self.generators = [torch.Generator().manual_seed(seed + i + 1000*j) for i in range(seeds) for j in range(starts)]
+        self.generators = [torch.Generator().manual_seed(seed + i + 1000*j) for i in range(seeds)
+                           for j in range(starts)]
 
     def __call__(self, *shape:int)->Float[Tensor, "seed ..."]:
         "Draw a shape for every seed."

@@ -82,7 +82,8 @@ def network_figure(
 ): # A plotly figure
     "Draw features, hidden units and features again, with lines as strong as weights; red is negative."
     from plotly.subplots import make_subplots
-    fig, strong = make_subplots(1, len(panels), subplot_titles=list(panels)), max(o.abs().max() for o in panels.values())
+    fig = make_subplots(1, len(panels), subplot_titles=list(panels))
+    strong = max(o.abs().max() for o in panels.values())
     for i, W in enumerate(panels.values(), 1):
         n, d = W.shape
         at = lambda k, of: .5 if of == 1 else k/(of - 1)
@@ -90,8 +91,9 @@ def network_figure(
             for h in range(d):
                 w = (W[f, h]/strong).item()
                 if abs(w) < .02: continue
+                line = dict(width=round(4*abs(w), 2), color="#c0392b" if w < 0 else "#2171b5")
                 fig.add_scatter(x=[at(f, n), at(h, d), at(f, n)], y=[0, 1, 2], mode="lines", hoverinfo="skip",
-                                line=dict(width=round(4*abs(w), 2), color="#c0392b" if w < 0 else "#2171b5"), row=1, col=i)
+                                line=line, row=1, col=i)
         x, y = zip(*[(at(f, n), r) for r, of in ((0, n), (1, d), (2, n)) for f in range(of)])
         fig.add_scatter(x=x, y=y, mode="markers", marker=dict(size=7, color="#444"), hoverinfo="skip", row=1, col=i)
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
@@ -105,7 +107,8 @@ def error_figure(
     import plotly.graph_objects as go
     bars = [go.Bar(name=k, x=list(range(1, len(v) + 1)), y=v) for k, v in series.items()]
     return go.Figure(bars).update_layout(width=560, height=320, template="plotly_white", xaxis_title="features on",
-                                         yaxis_title="squared error", yaxis_type="log", margin=dict(l=60, r=10, t=20, b=50))
+                                         yaxis_title="squared error", yaxis_type="log",
+                                         margin=dict(l=60, r=10, t=20, b=50))
 
 # %% ../../nbs/decompositions/00c_parameter_metrics.ipynb #usage
 @torch.no_grad()
@@ -114,7 +117,9 @@ def use_of(
 )->dict[str, Float[Tensor, "seed batch ... component"]]: # By site, between 0 and 1
     "How much each component is needed for each sample: APD's choice, or the least mask of SPD and VPD."
     o, target = trainer.o, trainer.target
-    if trainer.importances: return {k: v.clamp(0, 1) for k, v in trainer.importance_of(site_inputs(target, x))[0].items()}
+    if trainer.importances:
+        least, _ = trainer.importance_of(site_inputs(target, x))
+        return {k: v.clamp(0, 1) for k, v in least.items()}
     weigh = ATTRIBUTIONS[o["attribution"]](target, trainer.components, x)
     if o["topk"] is None: return everywhere(target, weigh)
     return everywhere(target, top_k(weigh, max(1, round(o["topk"])), exact=True))
@@ -152,7 +157,7 @@ def identity_distance(
 def error_by_active(
     trainer:Trainer, answer, # From inputs to the right answers
     most:int=4, samples:int=2000, seed:int=0,
-)->dict[str, list[float]]: # Of the target, of the needed components, and of a network with a feature a neuron; 1 to `most` on
+)->dict[str, list[float]]: # Of the target, the needed components, a network with a feature a neuron; 1 to `most` on
     "Compare the error of networks on samples with so many features on, mean over seeds."
     data, target = trainer.data, trainer.target
     seeds, n, g = trainer.o["seeds"], trainer.data.n_features, torch.Generator().manual_seed(seed)
@@ -186,7 +191,7 @@ def component_contributions(
     trainer:Trainer, W_E:Float[Tensor, "seed feature d_model"], # Of a residual MLP; its fixed embedding
     layer:int=0,
 )->Float[Tensor, "seed component feature neuron"]:
-    "Weigh the direct path from every feature through every neuron and back, as each component of the input matrix has it."
+    "Weigh the direct path of features through neurons and back, as each component of the input matrix has it."
     V, U = (o[f"in{layer}"].detach() for o in trainer.components)
     back = times(trainer.target.matrices[f"out{layer}"], W_E.mT) # seed neuron feature
     return torch.einsum("sfd,scdr,scrn,snf->scfn", W_E, V, U, back)
@@ -227,7 +232,9 @@ def fresh_adversary(
     return out
 
 # %% ../../nbs/decompositions/00c_parameter_metrics.ipynb #stability
-def alive(trainer:Trainer, x:Float[Tensor, "seed batch ..."], least:float=.1)->dict[str, Float[Tensor, "seed component"]]:
+def alive(
+    trainer:Trainer, x:Float[Tensor, "seed batch ..."], least:float=.1, # What counts as needed
+)->dict[str, Float[Tensor, "seed component"]]: # By site
     "Which components some sample needs."
     return {k: (v.flatten(1, -2) > least).any(1) for k, v in use_of(trainer, x).items()}
 

@@ -6,7 +6,7 @@
 __all__ = ['Multiply', 'STARTS', 'ATTRIBUTIONS', 'EPSILON', 'Site', 'Target', 'times', 'tms_target', 'residual_target',
            'gated_target', 'module_target', 'transformer_target', 'Components', 'start_components', 'by_parts',
            'masked', 'everywhere', 'inner_sizes', 'site_inputs', 'gradient_attributions', 'ablation_attributions',
-           'activation_attributions', 'top_k', 'faithfulness', 'reconstruction', 'schatten', 'lp_importance',
+           'activation_attributions', 'top_k', 'faithfulness_loss', 'reconstruction', 'schatten', 'lp_importance',
            'smooth_l0', 'frequency_penalty']
 
 # %% ../../nbs/decompositions/00_parameters.ipynb #imports
@@ -174,7 +174,8 @@ def transformer_target(
     "Decompose the heads and MLPs of a transformer, through the project's one forward pass."
     matrices = {}
     for i, h in enumerate(w.heads):
-        matrices |= {f"{o}{i}": h[o].transpose(0, 1).flatten(1)[None] for o in "QKV"} | {f"O{i}": h["O"].flatten(0, 1)[None]}
+        matrices |= {f"{o}{i}": h[o].transpose(0, 1).flatten(1)[None] for o in "QKV"}
+        matrices[f"O{i}"] = h["O"].flatten(0, 1)[None]
         names = {"in": "W_in", "gate": "W_gate", "out": "W_out"}
         if w.mlps: matrices |= {f"{k}{i}": w.mlps[i][v][None] for k, v in names.items() if v in w.mlps[i]}
     chosen = {k for k in matrices if layers is None or int(k.lstrip("QKVOingateout")) in layers}
@@ -343,9 +344,9 @@ def top_k(
     return torch.zeros_like(flat).scatter_(1, chosen, 1).view_as(attributions)
 
 # %% ../../nbs/decompositions/00_parameters.ipynb #faithfulness
-def faithfulness(
+def faithfulness_loss(
     target:Target, components:Components,
-    norm:str="parameters", # "parameters": per parameter (APD, SPD); "matrices": mean of relative errors (VPD now); "sum"
+    norm:str="parameters", # "parameters": per parameter (APD, SPD); "matrices": mean relative error (VPD now); "sum"
 )->Float[Tensor, "seed"]:
     "Measure how far the sum of components is from the matrices."
     off = {k: components.left(target, k).square().sum((1, 2)) for k in target.matrices}

@@ -49,14 +49,15 @@ def _check_same(old: dict, new: dict, out: Path):
     "Refuse to go on with other settings."
     if wrong := [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]:
         k = wrong[0]
-        raise ValueError(f"{out} holds a decomposition with {k} {old.get(k)!r}, not {new.get(k)!r}: name another folder, "
-                         "or pass --overwrite")
+        raise ValueError(f"{out} holds a decomposition with {k} {old.get(k)!r}, not {new.get(k)!r}: name another "
+                         "folder, or pass --overwrite")
 
 
 def _wandb(project: str, settings: dict):
     "What sends losses to Weights & Biases, if that is installed."
     try: import wandb
-    except ImportError: raise ValueError("Weights & Biases is not installed: pip install wandb, or leave out --wandb") from None
+    except ImportError:
+        raise ValueError("Weights & Biases is not installed: pip install wandb, or leave out --wandb") from None
     run = wandb.init(project=project, config=settings)
     return lambda step, o: run.log({f"{k}/{i}": x for k, v in o.items() for i, x in enumerate(v)}, step=step)
 
@@ -108,7 +109,8 @@ def _metrics(trainer: Trainer) -> dict:
         out["components per feature"] = {k: per_feature(v).tolist() for k, v in used.items()}
         out["kinds"] = {k: kinds_of(v) for k, v in used.items()}
     out["needed"] = {k: v.sum(1).tolist() for k, v in alive(trainer, x).items()}
-    if o["method"] != "apd": out["adversary"] = {str(k): v.tolist() for k, v in fresh_adversary(trainer, x[:, :512]).items()}
+    if o["method"] != "apd":
+        out["adversary"] = {str(k): v.tolist() for k, v in fresh_adversary(trainer, x[:, :512]).items()}
     return out
 
 
@@ -124,7 +126,8 @@ def _page(trainer: Trainer, metrics: dict, lines: list) -> str:
     if "W" in trainer.target.matrices:
         P, W = trainer.components.matrices("W").detach()[0], trainer.target.matrices["W"][0]
         most = P.flatten(1).norm(dim=1).argsort(descending=True)[:6].tolist()
-        figures.append(("components", network_figure({"target": W, "sum": P.sum(0)} | {f"component {i}": P[i] for i in most})))
+        panels = {"target": W, "sum": P.sum(0)} | {f"component {i}": P[i] for i in most}
+        figures.append(("components", network_figure(panels)))
     if "adversary" in metrics:
         worst = {k: sum(v)/len(v) for k, v in metrics["adversary"].items()}
         figures.append(("adversary", go.Figure(go.Scatter(x=[int(k) for k in worst], y=list(worst.values())))
