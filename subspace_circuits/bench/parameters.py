@@ -11,13 +11,13 @@ from types import ModuleType
 
 import torch
 
+from subspace_circuits.activations import batch_rows
 from subspace_circuits.bench import figure, side_by_side
 from subspace_circuits.decompositions.parameter_metrics import (
-    PUBLISHED, alive, baseline_components, component_contributions, feature_scores, fresh_adversary, kinds_of, one_hot,
-    per_feature, use_of)
+    LADDER, PUBLISHED, alive, baseline_components, component_contributions, feature_scores, fresh_adversary, kinds_of,
+    one_hot, per_feature, use_of)
 from subspace_circuits.decompositions.parameter_training import Trainer, make_target, read_settings
 from subspace_circuits.decompositions.parameters import masked, reconstruction
-from subspace_circuits.activations import batch_rows
 from subspace_circuits.forward import Weights, read_site
 from subspace_circuits.growth import learn_partition
 from subspace_circuits.partition import Partition, name_subspaces
@@ -40,7 +40,7 @@ CASES = {
     "APD 5-2, falling rate": ("apd-tms-5-2-cosine", {}, dict(mmcs=.998, ml2r=.89)),
     "SPD 40-10": ("spd-paper-tms-40-10", dict(batch=64, steps=10_000), dict(mmcs=.992, off=.03)),
 }
-QUICK = dict(steps=100, batch=64)
+QUICK = dict(steps=100, batch=64, target=dict(steps=50))
 
 
 def _passes(bars, mmcs, ml2r, distinct, features):
@@ -68,7 +68,7 @@ def run_case(name: str, quick: bool = False) -> dict:
     row |= dict(steps=trainer.step, batch=o["batch"], cpu=time.process_time() - start, wall=time.perf_counter() - wall,
                 reached=reached)
     own = _tms_figures if "W" in target.matrices else _residual_figures
-    return row | own(trainer) | _all_figures(trainer)
+    return row | own(trainer) | _all_figures(trainer, (20, 320) if quick else LADDER)
 
 
 def _scored(P, W, least=None):
@@ -85,24 +85,28 @@ def _tms_figures(trainer):
         baselines={k: _scored(c.matrices("W"), W) for k, c in nothing.items()})
 
 
+def _represented(trainer):
+    "Features for which some component of the input matrix has a neuron."
+    best = component_contributions(trainer, trainer.target.W_E).max(-1).values # seed component feature
+    return (best.max(1).values > .04).sum(1).tolist()
+
+
 def _residual_figures(trainer):
     "What components of the input matrix serve which features, and how many the output matrix is in."
     used = use_of(trainer, one_hot(SEEDS, trainer.data.n_features))
-    needed = {k: (v > .1).any(1) for k, v in used.items()}
-    best = component_contributions(trainer, trainer.target.W_E).max(-1).values.transpose(1, 2) # seed feature component
-    return dict(represented=(best.max(2).values > .04).sum(1).tolist(),
-                served=[len(set(o.argmax(1).tolist())) for o in best], in_kinds=kinds_of(used["in0"]),
-                out_components=[int(o.sum()) for o in needed["out0"]])
+    untrained = Trainer(trainer.o, trainer.base, trainer.data)
+    return dict(represented=_represented(trainer), untrained=_represented(untrained), in_kinds=kinds_of(used["in0"]),
+                out_components=[int(o.sum()) for o in (used["out0"] > .1).any(1)])
 
 
-def _all_figures(trainer):
+def _all_figures(trainer, ladder):
     "Use, and a fresh adversary."
     x = trainer.data.sample(512, torch.Generator().manual_seed(1)).expand(SEEDS, -1, -1)
     used = use_of(trainer, one_hot(SEEDS, trainer.data.n_features))
     out = dict(per_feature={k: per_feature(v).tolist() for k, v in used.items()},
                needed={k: v.sum(1).tolist() for k, v in alive(trainer, x).items()})
     if trainer.importances:
-        free = fresh_adversary(trainer, x)
+        free = fresh_adversary(trainer, x, ladder)
         out["adversary"] = {str(k): v.tolist() for k, v in free.items()}
     out["output"] = trainer.target(x).square().mean((1, 2)).tolist()
     return out
@@ -314,6 +318,7 @@ def case_figures(row: dict) -> Iterator[dict]:
     else:
         n = min(row["represented"])
         yield figure(f"{name}, features found", n, f"of {features}, worst seed", "all", n == features) | dict(row=row)
+        yield figure(f"{name}, features found by untrained components", max(row["untrained"]), f"of {features}, best seed")
         one = sum(o == 1 for o in row["out_components"])
         yield figure(f"{name}, W_out as one component", one, f"of {row['seeds']} seeds")
     if "adversary" in row:
