@@ -281,7 +281,8 @@ def public_figures(reference: Path, quick: bool = False) -> Iterator[dict]:
             few, many = (2, 4) if quick else (2, 2 + n//seeds)
             spent = side_by_side({(k, m): lambda f=f, m=m: f(m) for k, f in runs.items() for m in (few, many)}, 3)
             step = {k: (spent[k, many] - spent[k, few])/(many - few) for k in runs}
-            if min(step.values()) <= 0: raise RuntimeError(f"{many - few} steps are lost in this machine's noise: again")
+            if min(step.values()) <= 0:
+                raise RuntimeError(f"{many - few} steps are lost in this machine's noise: run it again")
             for k in runs: yield figure(f"APD {name}, {seeds} at once, a step of {k}", 1000*step[k], "ms")
             ratio = step["public"]/step["ours"]
             yield figure(f"APD {name}, {seeds} at once, public code's step in ours", ratio, "x", f"at least {bar}",
@@ -320,7 +321,8 @@ def case_figures(row: dict) -> Iterator[dict]:
     else:
         n = min(row["represented"])
         yield figure(f"{name}, features found", n, f"of {features}, worst seed", "all", n == features) | dict(row=row)
-        yield figure(f"{name}, features found by untrained components", max(row["untrained"]), f"of {features}, best seed")
+        yield figure(f"{name}, features found by untrained components", max(row["untrained"]),
+                     f"of {features}, best seed")
         one = sum(o == 1 for o in row["out_components"])
         yield figure(f"{name}, W_out as one component", one, f"of {row['seeds']} seeds")
     if "adversary" in row:
