@@ -263,6 +263,22 @@ def benchmark_speed(reference: Annotated[Path,
     _write_figures(as_json, figures)
 
 
+@benchmark.command("parameters")
+def benchmark_parameters(*, reference: Annotated[Optional[Path],
+                                                 typer.Option(help="A checkout of the public APD repository, to time "
+                                                                   "its steps beside ours; imported, never written "
+                                                                   "to.")] = None,
+                         log: Annotated[Optional[Path],
+                                        typer.Option(help="File of JSON lines to keep every decomposition's figures in "
+                                                          "as they come; the same command goes on from there.")] = None,
+                         quick: Annotated[bool, typer.Option("--quick", help="A few steps of each: a check that it "
+                                                                             "runs, held to no bar.")] = False,
+                         as_json: AsJson = None):
+    "APD, SPD and VPD on the published toys, seeds 0 to 4, beside published figures; each figure beside its bar."
+    from subspace_circuits.bench.parameters import benchmark_parameters
+    _print_figures(benchmark_parameters(reference, log, quick), as_json)
+
+
 @app.command()
 def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *,
               site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
@@ -429,6 +445,25 @@ def evaluate(suite: Annotated[str,
                                        overwrite, task)):
         print(line)
     print(f"figure: {out.with_suffix('.html')}")
+
+
+@app.command()
+def decompose(method: Annotated[str, typer.Argument(help="apd, spd or vpd.")],
+              config: Annotated[str, typer.Argument(help="A YAML file, or a name of shipped settings, as "
+                                                         "apd-tms-5-2.")], *,
+              out: Out, seed: Annotated[Optional[int], typer.Option(help="Instead of the settings' own.")] = None,
+              wandb: Annotated[Optional[str], typer.Option(metavar="PROJECT",
+                                                           help="Send losses to Weights & Biases too.")] = None,
+              resume: Resume = False, overwrite: Overwrite = False):
+    "Write a network's weights as a sum of simple components, of which every input needs few."
+    from subspace_circuits.decompositions.parameter_training import METHODS
+    if method not in METHODS: raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    from subspace_circuits.decompositions.runs import decompose_parameters
+    metrics = decompose_parameters(method, config, out, seed, overwrite, resume, wandb)
+    for k in ("mmcs", "ml2r", "distinct"):
+        if k in metrics: print(f"{k}: {', '.join(f'{o:.3f}' if k != 'distinct' else str(o) for o in metrics[k])}")
+    for k, v in metrics["needed"].items(): print(f"components needed at {k}: {', '.join(map(str, v))}")
+    print(f"report: {out/'report.html'}")
 
 
 @app.command()

@@ -1,10 +1,10 @@
 """Read and write files so that nobody's work is lost and no damage goes unseen.
 
-Every file that this program writes says so inside, with what it is: JSON in its last key, tensors in their metadata,
-pages, tables and cells in their last line. No file without that mark is ever replaced or removed. JSON carries the
-SHA-256 of its own text, and so do tensors that nothing else lists. Shards, moments, coordinates, cells and partitions
-are hashed where they are first read: once a process, about a second for each GB (`subspace-circuits benchmark store`
-measures it), in pieces, so that the memory of a process does not grow."""
+Every file that this program writes says so inside, with what it is: JSON in its last key, JSON lines in the first,
+tensors in their metadata, pages, tables and cells in their last line. No file without that mark is ever replaced or
+removed. JSON carries the SHA-256 of its own text, and so do tensors that nothing else lists. Shards, moments,
+coordinates, cells and partitions are hashed where they are first read: once a process, about a second for each GB
+(`subspace-circuits benchmark store` measures it), in pieces, so that the memory of a process does not grow."""
 import hashlib, json, os, re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ __all__ = ["check", "check_free", "comment", "damaged", "foreign", "kind_of", "l
 PROGRAM = "subspace_circuits"
 END = re.compile(rb'(?:,?\n "written": "|<!-- )subspace_circuits: ([a-z ]+)(?:, sha256 ([0-9a-f]{64})"\n\}| -->)\n\Z')
 START = re.compile(rb'.{8}\{"__metadata__":\{"written":"subspace_circuits: ([a-z ]+)', re.DOTALL)
+HEAD = re.compile(rb'\{"written": "subspace_circuits: ([a-z ]+)"\}\n') # The first of JSON lines
 hashed = {} # What identifies a file's content, to its SHA-256
 
 
@@ -72,7 +73,7 @@ def kind_of(file: Path) -> str | None:
         f.seek(max(0, f.seek(0, 2) - 200))
         end = f.read()
     if file.name == "writer.pid": return "lock" if re.fullmatch(rb"\d{0,20}", start) else None
-    found = START.match(start) or END.search(end)
+    found = START.match(start) or HEAD.match(start) or END.search(end)
     return found[1].decode() if found else None
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['P_OFF', 'TOYS', 'CUT', 'RESIDUAL_MLPS', 'by_loop', 'ExclusiveGroups', 'SparseFeatures', 'Autoencoders',
            'train_autoencoders', 'GroupGeometry', 'group_geometry', 'group_bases', 'arrows', 'ResidualMLP',
-           'neuron_contributions', 'train_residual_mlp']
+           'neuron_contributions', 'train_residual_mlp', 'GatedFunctions']
 
 # %% ../nbs/00b_superposition.ipynb #imports
 import math
@@ -327,3 +327,33 @@ def train_residual_mlp(
         loss.backward()
         optimizer.step()
     return ResidualMLP(*(o.detach() for o in model))
+
+# %% ../nbs/00b_superposition.ipynb #gated-functions
+class GatedFunctions:
+    "Functions of one number between 0 and 5, each added where its control bit is on, by neurons set by hand."
+    def __init__(self,
+                 n_functions:int=4, neurons:int=10, # Number of functions; straight pieces of each
+                 p:float=.05, # Probability that a control bit is on
+                 seed:int=0, # Seed of the functions
+    ):
+        if not 0 < p <= 1: raise ValueError(f"a bit is on with probability {p}: use more than 0 and at most 1")
+        self.n_functions, self.neurons, self.p, self.n_features = n_functions, neurons, p, n_functions + 1
+        knots = torch.linspace(0, 5, neurons + 1)
+        a, b, c, d, e, f, h = torch.rand(7, n_functions, 1, generator=torch.Generator().manual_seed(seed))*2 - 1
+        y = a*torch.cos(3*b*knots + 3*c) + d*torch.sin(3*e*knots + 3*f) + h
+        slopes = y.diff(dim=1)/knots[1]
+        pieces = torch.cat([y[:, :1], slopes[:, :1], slopes.diff(dim=1)], 1) # what each neuron writes
+        self.W_out = pieces.reshape(-1, 1)
+        self.b = torch.cat([torch.zeros(1), -knots[:-1] - 5]).repeat(n_functions)
+        strength = torch.cat([torch.ones(1), torch.full((neurons,), 5.)]).repeat(n_functions)
+        reads = torch.eye(n_functions).repeat_interleave(neurons + 1, 1)*strength
+        self.W_in = torch.cat([(self.b != 0).float()[None], reads]) # The first input is the number
+
+    def __call__(self, x:Float[Tensor, "batch feature"])->Float[Tensor, "batch 1"]:
+        "Run the network."
+        return (x@self.W_in + self.b).relu()@self.W_out
+
+    def sample(self, n:int, generator:torch.Generator|None=None)->Float[Tensor, "batch feature"]:
+        "Draw the number and its control bits."
+        u = torch.rand(n, self.n_features, generator=generator)
+        return torch.cat([5*u[:, :1], (u[:, 1:] < self.p).float()], 1)

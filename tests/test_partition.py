@@ -430,8 +430,8 @@ def test_partitions_of_another_model_are_refused_by_name(planted, tmp_path):
              lambda: knowledge_conflict(other.model, None, None, p),
              lambda: suite(other.model, None, "greater-than", {last.site: last}, layers={"test4": 1})]
     for take in takes:
-        with refused("the partition of blocks.", f"was learned on a model of weights {theirs[:12]}, not of {ours[:12]}: "
-                                                 f"learn one on this model"): take()
+        with refused("the partition of blocks.", f"was learned on a model of weights {theirs[:12]}, "
+                                                 f"not of {ours[:12]}: learn one on this model"): take()
     store = capture(other.model, other.task, [site], tmp_path/"store", shards=2)
     with refused(f"activations of a model with weights {ours[:8]}… do not belong to one with weights {theirs[:8]}…: "
                  f"read them from that model"): p.split(store[site][:5])
