@@ -95,19 +95,26 @@ def cluster_labels(clusters:list[list[int]], n:int)->Int[np.ndarray, "feature"]:
 
 # %% ../../nbs/decompositions/feature_clusters.ipynb #spectral-code
 def spectral_clusters(
-    decoder:Float[Tensor, "feature d"], n:int, # Number of clusters
-    k:int=10, seed:int=0, # Neighbours that are kept of each row
-)->list[list[int]]: # The largest first
-    "Cut the sparse graph of angular affinities (arXiv 2405.14860, Appendix F; there with all affinities, unseeded)."
+    decoder:Float[Tensor, "feature d"], n:int, # Clusters among the rows that are near another
+    k:int=10, least:float=.5, seed:int=0, # Neighbours that are kept of each row, and the cosine they need
+)->list[list[int]]: # Every feature is in one; the largest first
+    "Cut the sparse graph of angular affinities (arXiv 2405.14860, Appendix F; there all affinities, unseeded)."
     from sklearn.cluster import SpectralClustering
-    if not 1 < n < len(decoder): raise ValueError(f"{n} clusters of {len(decoder)} features: use 2 to {len(decoder) - 1}")
     cosine, near = near_rows(decoder, k)
-    affinity = (1 - cosine.clamp(-1, 1).acos()/math.pi).flatten().double().numpy()
-    i = np.arange(len(near)).repeat(k)
-    A = sparse.coo_matrix((affinity, (i, near.flatten().numpy())), shape=(len(near),)*2).tocsr()
-    A = A.maximum(A.T) + 1e-9*sparse.eye(len(near), format="csr")
+    affinity = torch.where(cosine > least, 1 - cosine.clamp(-1, 1).acos()/math.pi, 0.).flatten().double().numpy()
+    i, size = np.arange(len(near)).repeat(k), len(near)
+    A = sparse.coo_matrix((affinity, (i, near.flatten().numpy())), shape=(size, size)).tocsr()
+    A = A.maximum(A.T)
+    A.eliminate_zeros()
+    joined = np.flatnonzero(np.diff(A.indptr))
+    if not 1 < n < len(joined):
+        raise ValueError(f"{n} clusters of the {len(joined)} features that have a neighbour above {least}: use 2 to "
+                         f"{len(joined) - 1}")
+    A = A[joined][:, joined] + 1e-9*sparse.eye(len(joined), format="csr") # so that no part is cut off
     fit = SpectralClustering(n, affinity="precomputed", assign_labels="cluster_qr", random_state=seed, eigen_solver="arpack")
-    return _labels_to_clusters(fit.fit(A).labels_)
+    labels = n + np.arange(size)
+    labels[joined] = fit.fit(A).labels_
+    return _labels_to_clusters(labels)
 
 # %% ../../nbs/decompositions/feature_clusters.ipynb #stability-code
 CUTOFFS = tuple(round(float(o), 3) for o in .5 + np.logspace(-2, math.log10(.45), 8)) # Cosines, .51 to .95
