@@ -266,6 +266,25 @@ def benchmark_speed(reference: Annotated[Path,
     _write_figures(as_json, figures)
 
 
+@benchmark.command("multidimensional")
+def benchmark_multidimensional(*, reference: Annotated[Optional[Path],
+                                                       typer.Option(help="A checkout of the public repository "
+                                                                         "MultiDimensionalFeatures, to time its "
+                                                                         "indices on three planes; read, never "
+                                                                         "written to.")] = None,
+                               model: Annotated[Optional[str],
+                                                typer.Option(help="A TransformerLens state dict that adds modulo its "
+                                                                  "number of answers, besides the bundled "
+                                                                  "one.")] = None,
+                               quick: Annotated[bool,
+                                                typer.Option("--quick", help="Few planes and models: a check that "
+                                                                             "it runs.")] = False,
+                               as_json: AsJson = None):
+    "Reducible and irreducible planes, planted circles, circles in use, key frequencies; each figure beside its bar."
+    from subspace_circuits.bench.multidimensional import benchmark_multidimensional
+    _print_figures(benchmark_multidimensional(reference, model, quick), as_json)
+
+
 @app.command()
 def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *,
               site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
@@ -417,6 +436,20 @@ def evaluate(suite: Annotated[str,
                                        overwrite)):
         print(line)
     print(f"figure: {out.with_suffix('.html')}")
+
+
+@app.command()
+def decompose(method: Annotated[str, typer.Argument(help="multidim: circles in a model, irreducible clusters of a "
+                                                         "dictionary, or irreducible subspaces.")],
+              config: Annotated[str, typer.Argument(help="A YAML or JSON file of settings; its job is circle, clusters "
+                                                         "or subspaces.")], *,
+              out: Out, seed: Annotated[Optional[int], typer.Option(help="Instead of the settings' own.")] = None,
+              resume: Resume = False, overwrite: Overwrite = False):
+    "Decompose what a model holds, as settings say."
+    from subspace_circuits.decompositions.multidim_runs import decompose_multidim, multidim_lines
+    if method != "multidim": raise ValueError(f"unknown method {method!r}: use multidim")
+    for line in multidim_lines(decompose_multidim(config, out, seed, overwrite, resume)): print(line)
+    print(f"report: {out/'report.html'}")
 
 
 @app.command()

@@ -89,8 +89,10 @@ def grid_of(x:Float[Tensor, "batch d"], prompts:Prompts)->Float[Tensor, "p p d"]
     p = len(prompts.answers)
     cell = prompts.a*p + prompts.b % p
     count = torch.bincount(cell, minlength=p*p)
-    if not count.all(): raise ValueError(f"{int((count == 0).sum())} of {p*p} pairs of residues have no prompt: pass all of them")
-    return (torch.zeros(p*p, x.shape[1], dtype=torch.float64).index_add_(0, cell, x.double())/count[:, None]).view(p, p, -1)
+    if not count.all():
+        raise ValueError(f"{int((count == 0).sum())} of {p*p} pairs of residues have no prompt: pass all of them")
+    total = torch.zeros(p*p, x.shape[1], dtype=torch.float64).index_add_(0, cell, x.double())
+    return (total/count[:, None]).view(p, p, -1)
 
 def turn_shares(x:Float[Tensor, "p p d"])->Float[Tensor, "d frequency turn"]: # Turns as in TURNS
     "Shares of each column's variance on the grid that turn with one term, with the sum, with the difference."
@@ -152,16 +154,18 @@ def without_neurons(model:nn.Module, prompts:Prompts, neurons:Int[Tensor, "n"], 
 
 # %% ../../nbs/decompositions/circle_circuits.ipynb #inverse-code
 def known_features(
-    prompts:Prompts, names:list[str], # As one-hot a, one-hot b, circle a, circle c, circle a-b; circle:2 c for a frequency
+    prompts:Prompts, names:list[str], # As one-hot a, circle c, circle a-b; circle:2 c for a frequency
 )->dict[str, Float[Tensor, "batch n"]]:
     "Columns that may explain activations."
     p, out = len(prompts.answers), {}
-    values = {"a": prompts.a, "b": prompts.b, "c": prompts.c, "a-b": prompts.a - prompts.b, "a+b": prompts.a + prompts.b}
+    a, b = prompts.a, prompts.b
+    values = {"a": a, "b": b, "c": prompts.c, "a-b": a - b, "a+b": a + b}
     for name in names:
         kind, _, of = name.partition(" ")
         turns = kind.removeprefix("circle").removeprefix(":")
         if of not in values or not (kind == "one-hot" or kind.startswith("circle") and (not turns or turns.isdigit())):
-            raise ValueError(f"no feature {name!r}: write one-hot or circle, or circle:2, and one of {', '.join(values)}")
+            raise ValueError(f"no feature {name!r}: write one-hot or circle, or circle:2, and one of "
+                             f"{', '.join(values)}")
         v = values[of]
         out[name] = (F.one_hot((i := v.unique(return_inverse=True)[1]), int(i.max()) + 1).double() if kind == "one-hot"
                      else on_circle(v, p, int(turns or 1)).double())
@@ -223,8 +227,10 @@ def explain_by_regression(
 def draw_stages(stages:list[Stage]): # A plotly figure
     "Draw what is left after each stage."
     from plotly.subplots import make_subplots
-    fig = make_subplots(1, len(stages), subplot_titles=[f"{o.name}<br>{o.r2:.2f}" for o in stages], horizontal_spacing=.02)
+    fig = make_subplots(1, len(stages), subplot_titles=[f"{o.name}<br>{o.r2:.2f}" for o in stages],
+                        horizontal_spacing=.02)
     for i, o in enumerate(stages, 1):
         fig.add_image(z=(255*o.tiles).round().int().tolist(), row=1, col=i)
     fig.update_xaxes(visible=False).update_yaxes(visible=False)
-    return fig.update_layout(width=140*len(stages) + 20, height=210, template="plotly_white", margin=dict(l=5, r=5, t=50, b=5))
+    return fig.update_layout(width=140*len(stages) + 20, height=210, template="plotly_white",
+                             margin=dict(l=5, r=5, t=50, b=5))

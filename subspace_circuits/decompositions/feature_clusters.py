@@ -6,7 +6,7 @@
 __all__ = ['CUTOFFS', 'ENCODERS', 'PlantedCircles', 'planted_circles', 'unit_rows', 'near_rows', 'graph_clusters',
            'cluster_labels', 'spectral_clusters', 'jaccard_of', 'cluster_stability', 'cluster_rows',
            'clusters_reducibility', 'planted_activations', 'Dictionary', 'read_dictionary', 'save_dictionary',
-           'contexts', 'cluster_pane', 'write_pane']
+           'row_contexts', 'cluster_pane', 'write_pane']
 
 # %% ../../nbs/decompositions/feature_clusters.ipynb #imports
 import json, math, re
@@ -264,7 +264,7 @@ def save_dictionary(dictionary:Dictionary, folder:str|Path):
     write_json(folder/"dictionary.json", {k: getattr(dictionary, k) for k in ("site", "encoder", "k", "subtract")}, "dictionary")
 
 # %% ../../nbs/decompositions/feature_clusters.ipynb #pane-code
-def contexts(
+def row_contexts(
     text:list[str], tokens:Int[np.ndarray, "row"], # Every token of the text as a string; which are asked about
     document:Int[np.ndarray, "token"]|None=None, before:int=10, # No context reaches over a document's start
 )->list[str]: # HTML

@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 
 from ..activations import check_sites, read_sites
 from ..evaluation import Patch, interchange, make_pairs, random_like, some_sequences, whole
+from ..models import PieceTokenizer
 from ..tasks import Sum, fourier_power
+from ..text import encode_text, start_id
 from ..toy_models import Batch
 
 # %% ../../nbs/decompositions/multidimensional.ipynb #prompts-code
@@ -52,7 +54,8 @@ class Prompts(NamedTuple):
         order = torch.randperm(len(terms), generator=torch.Generator().manual_seed(seed))
         n = round(share*len(terms))
         if not 0 < n < len(terms):
-            raise ValueError(f"a share of {share} of {len(terms)} second terms leaves nothing on one side: use more terms")
+            raise ValueError(f"a share of {share} of {len(terms)} second terms leaves nothing on one side: use more "
+                             f"terms")
         rows = torch.isin(self.b, terms[order[:n]])
         return self.take(rows), self.take(~rows)
 
@@ -82,13 +85,15 @@ class Circle(NamedTuple):
     seen: frozenset                   # Prompts it was fitted on
 
 def _values(prompts, variable):
-    if variable not in ("a", "c"): raise ValueError(f"no variable {variable!r}: use a, the first term, or c, the answer")
+    if variable not in ("a", "c"):
+        raise ValueError(f"no variable {variable!r}: use a, the first term, or c, the answer")
     return (prompts.a, prompts.at) if variable == "a" else (prompts.c, prompts.read)
 
 def activations_of(model:nn.Module, prompts:Prompts, site:str, variable:str)->Float[Tensor, "batch d_model"]:
     "What a site holds where a variable is read."
     check_sites(model, [site])
-    return read_sites(model, prompts.batch, [site])[site][torch.arange(len(prompts)), _values(prompts, variable)[1]].cpu()
+    h = read_sites(model, prompts.batch, [site])[site]
+    return h[torch.arange(len(prompts)), _values(prompts, variable)[1]].cpu()
 
 # %% ../../nbs/decompositions/multidimensional.ipynb #fit-code
 KINDS = "plane", "harmonic", "probe"
@@ -129,15 +134,18 @@ def fit_circle(
         basis = torch.linalg.svd(means, full_matrices=False)[2][:2].T
         places = means@basis
         frequency = int(fourier_power(places).argmax()) + 1
-    else: basis, places = _harmonic(means, frequency) if kind == "harmonic" else _probe(h - mean, values, p, frequency, k)
-    power, share = fourier_power(places)[frequency - 1].item(), ((means@basis).square().sum()/means.square().sum()).item()
+    elif kind == "harmonic": basis, places = _harmonic(means, frequency)
+    else: basis, places = _probe(h - mean, values, p, frequency, k)
+    power = fourier_power(places)[frequency - 1].item()
+    share = ((means@basis).square().sum()/means.square().sum()).item()
     return Circle(site, variable, mean.float(), basis.float(), places.float(), frequency, power, share, prompts.keys())
 
 # %% ../../nbs/decompositions/multidimensional.ipynb #decode-code
 def refuse_seen(circle:Circle, prompts:Prompts):
     "Refuse to test a circle on prompts it was fitted on."
     if n := len(circle.seen & prompts.keys()):
-        raise ValueError(f"{n} of {len(prompts)} prompts were used to fit this circle: test it on others, split() makes them")
+        raise ValueError(f"{n} of {len(prompts)} prompts were used to fit this circle: test it on others, split() "
+                         f"makes them")
 
 def read_circle(model:nn.Module, circle:Circle, prompts:Prompts)->float: # Share of prompts
     "How often the nearest place is that of the variable's value."
@@ -149,7 +157,8 @@ def read_circle(model:nn.Module, circle:Circle, prompts:Prompts)->float: # Share
 def _hook(model, site):
     "Where a replacement is made: the end of a layer is the start of the next."
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
-    if not found: raise ValueError(f"cannot replace {site!r}: use the start or the end of a layer, as blocks.0.hook_resid_pre")
+    if not found:
+        raise ValueError(f"cannot replace {site!r}: use the start or the end of a layer, as blocks.0.hook_resid_pre")
     if found[2] == "pre" or int(found[1]) + 1 == model.cfg.n_layers: return site
     return f"blocks.{int(found[1]) + 1}.hook_resid_pre"
 
@@ -174,7 +183,8 @@ def _donors(prompts, variable, shift):
     p = len(prompts.answers)
     rows = {(int(a), int(b)): i for i, (a, b) in enumerate(zip(prompts.a, prompts.b))}
     try: return torch.tensor([rows[(int(a) + shift) % p, int(b)] for a, b in zip(prompts.a, prompts.b)])
-    except KeyError: raise ValueError("some first terms are missing for some second terms: pass prompts of all pairs") from None
+    except KeyError:
+        raise ValueError("some first terms are missing for some second terms: pass prompts of all pairs") from None
 
 def conditions(
     circle:Circle, h:Float[Tensor, "batch d_model"], donor:Float[Tensor, "batch d_model"], # Activations
@@ -212,7 +222,8 @@ def intervene(
                 margin = logits[row, prompts.c] - logits[row, target]
                 sums.setdefault(name, []).append(((said == target).float().mean().item(),
                                                   (said == prompts.c).float().mean().item(), margin.mean().item()))
-    return {name: dict(zip(("moved", "stayed", "margin"), torch.tensor(v).mean(0).tolist())) for name, v in sums.items()}
+    names = "moved", "stayed", "margin"
+    return {name: dict(zip(names, torch.tensor(v).mean(0).tolist())) for name, v in sums.items()}
 
 # %% ../../nbs/decompositions/multidimensional.ipynb #sweep-code
 class Sweep(NamedTuple):
@@ -307,28 +318,31 @@ SENTENCES = dict(
     days=("Let's do some days of the week math. {} from {} is", WEEK, "day", "days"),
     months=("Let's do some calendar math. {} from {} is", YEAR, "month", "months"))
 
-def _ids(tokenizer, text): return list(map(int, tokenizer.encode(text, add_special_tokens=False)))
+def _after_space(tokenizer, text):
+    "Ids of a text behind a space, which a piece tokenizer sets itself."
+    return [int(o) for o in encode_text(tokenizer, text if isinstance(tokenizer, PieceTokenizer) else f" {text}")]
 
 def word_prompts(
-    tokenizer, kind:str="days", # days or months; a tokenizer of Hugging Face, or one with the same `encode`
+    tokenizer, kind:str="days", # days or months; a tokenizer of `open_model`
     pieces:bool=False, # Let words be split: they are read at their last piece
 )->tuple[Prompts, list[list[int]]]: # Padded at the end; the tokens of each answer
     "The published sentences, one for every pair of terms (49 of days, 144 of months)."
     if kind not in SENTENCES: raise ValueError(f"no prompts of {kind!r}: use one of {', '.join(SENTENCES)}")
     text, names, one, many = SENTENCES[kind]
-    words, p = [_ids(tokenizer, " " + o) for o in names], len(names)
+    words, p, start = [_after_space(tokenizer, o) for o in names], len(names), start_id(tokenizer)
     if split := [o for o, w in zip(names, words) if len(w) > 1 and not pieces]:
         raise ValueError(f"{split[0]!r} is {len(words[names.index(split[0])])} tokens of this tokenizer, as are "
                          f"{len(split)} of {p} words: a word that splits has no one position; use another tokenizer, "
                          f"or pieces=True")
-    if len({tuple(o) for o in words}) < p: raise ValueError(f"two of {', '.join(names)} have the same tokens: use another tokenizer")
+    if len({tuple(o) for o in words}) < p:
+        raise ValueError(f"two of {', '.join(names)} have the same tokens: use another tokenizer")
     a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
     rows, at = [], []
     for i, j in zip(a.tolist(), b.tolist()):
         before, after = text.format(f"{NUMBERS[j]} {one if j == 0 else many}", "|").split("|")
-        start = _ids(tokenizer, before.rstrip()) + words[i]
-        rows.append(start + _ids(tokenizer, after))
-        at.append(len(start) - 1)
+        head = [*([] if start is None else [start]), *map(int, encode_text(tokenizer, before.rstrip())), *words[i]]
+        rows.append(head + _after_space(tokenizer, after.lstrip()))
+        at.append(len(head) - 1)
     size = torch.tensor([len(o) for o in rows])
     tokens = torch.tensor([o + [o[-1]]*(max(size).item() - len(o)) for o in rows])
     i = torch.arange(tokens.shape[1]).expand_as(tokens)
