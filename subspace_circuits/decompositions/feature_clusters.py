@@ -35,12 +35,13 @@ class PlantedCircles(NamedTuple):
 
 def planted_circles(
     features:int=4096, d:int=128, rings:int=40, seed:int=0,
-    shared:float=.7, noise:float=.25, # Length of what a ring's rows share, and of what each has for itself; the ring's is 1
+    shared:float=.7, noise:float=.25, # Length of what a ring's rows share, and of what each has alone, in radii
 )->PlantedCircles:
     "Draw decoder rows, some of them on rings of seven to twelve."
     g = torch.Generator().manual_seed(seed)
     sizes = torch.randint(7, 13, (rings,), generator=g).tolist()
-    if sum(sizes) > features: raise ValueError(f"{rings} rings have {sum(sizes)} rows, more than {features}: plant fewer")
+    if sum(sizes) > features:
+        raise ValueError(f"{rings} rings have {sum(sizes)} rows, more than {features}: plant fewer")
     W, ring, angle = torch.randn(features, d, generator=g), torch.full((features,), -1), torch.zeros(features)
     places = torch.randperm(features, generator=g).split([*sizes, features - sum(sizes)])
     for i, rows in enumerate(places[:rings]):
@@ -64,7 +65,8 @@ def near_rows(
     slab:int=1024,
 )->tuple[Float[Tensor, "feature k"], Int[Tensor, "feature k"]]: # Cosines, and which rows
     "The rows with the largest cosines."
-    if not 0 < k < len(decoder): raise ValueError(f"{k} neighbours among {len(decoder)} rows: use 1 to {len(decoder) - 1}")
+    if not 0 < k < len(decoder):
+        raise ValueError(f"{k} neighbours among {len(decoder)} rows: use 1 to {len(decoder) - 1}")
     W, found = unit_rows(decoder), []
     for s in tqdm(range(0, len(W), slab), desc="cosines", unit="slab"):
         cosine, i = W[s:s + slab]@W.T, torch.arange(min(slab, len(W) - s))
@@ -111,7 +113,8 @@ def spectral_clusters(
         raise ValueError(f"{n} clusters of the {len(joined)} features that have a neighbour above {least}: use 2 to "
                          f"{len(joined) - 1}")
     A = A[joined][:, joined] + 1e-9*sparse.eye(len(joined), format="csr") # so that no part is cut off
-    fit = SpectralClustering(n, affinity="precomputed", assign_labels="cluster_qr", random_state=seed, eigen_solver="arpack")
+    fit = SpectralClustering(n, affinity="precomputed", assign_labels="cluster_qr", random_state=seed,
+                             eigen_solver="arpack")
     labels = n + np.arange(size)
     labels[joined] = fit.fit(A).labels_
     return _labels_to_clusters(labels)
@@ -135,7 +138,8 @@ def cluster_stability(
             again = graph_clusters(decoder, k, least)
             labels = cluster_labels(again, len(decoder))
             first = labels if first is None else first
-            out[k, least] = dict(jaccard=[jaccard_of(o, again) for o in clusters], ari=adjusted_rand_score(first, labels))
+            out[k, least] = dict(jaccard=[jaccard_of(o, again) for o in clusters],
+                                 ari=adjusted_rand_score(first, labels))
     return out
 
 # %% ../../nbs/decompositions/feature_clusters.ipynb #reconstruct-code
@@ -145,7 +149,8 @@ def cluster_rows(
 )->tuple[Float[Tensor, "row d"], Int[np.ndarray, "row"]]: # Reconstructions, and the tokens they are of
     "Rebuild activations from one cluster, at the tokens where any of its features is active."
     if acts.shape[1] != len(decoder):
-        raise ValueError(f"activations of {acts.shape[1]} features and a dictionary of {len(decoder)}: pass those of one dictionary")
+        raise ValueError(f"activations of {acts.shape[1]} features and a dictionary of {len(decoder)}: pass those "
+                         f"of one dictionary")
     part = acts[:, cluster]
     tokens = np.flatnonzero(np.diff(part.indptr))
     return torch.from_numpy(part[tokens]@decoder[cluster].double().numpy()), tokens
@@ -202,7 +207,8 @@ class Dictionary(NamedTuple):
     def encode(self, h:Float[Tensor, "row d"], rows:int=1024)->sparse.csr_matrix: # Tokens by features
         "Encode activations, some rows at a time."
         if h.shape[-1] != len(self.b_dec):
-            raise ValueError(f"activations of width {h.shape[-1]} are not of {self.site}, whose dictionary is {len(self.b_dec)} wide")
+            raise ValueError(f"activations of width {h.shape[-1]} are not of {self.site}, whose dictionary is "
+                             f"{len(self.b_dec)} wide")
         return sparse.vstack([sparse.csr_matrix(self._active(o.float()).numpy()) for o in h.split(rows)]).tocsr()
 
     def _active(self, h):
@@ -222,7 +228,8 @@ def _saelens(config, file):
     kind = config.get("architecture", "standard")
     act = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     act = {"standard": act, "topk": "topk", "jumprelu": "jumprelu"}.get(kind, kind)
-    if act not in ENCODERS: raise ValueError(f"{file} is a {kind} dictionary with {act}: use one with {', '.join(ENCODERS)}")
+    if act not in ENCODERS:
+        raise ValueError(f"{file} is a {kind} dictionary with {act}: use one with {', '.join(ENCODERS)}")
     for key, plain in (("normalize_activations", ("none", None)), ("reshape_activations", ("none", None)),
                        ("rescale_acts_by_decoder_norm", (False, None))):
         if config.get(key) not in plain:
@@ -238,10 +245,12 @@ def read_dictionary(folder:str|Path)->Dictionary: # With the two files of SAELen
     ours = (folder/"dictionary.json").exists()
     names = ("dictionary.json", "dictionary.safetensors") if ours else ("cfg.json", "sae_weights.safetensors")
     if lost := [o for o in names if not (folder/o).is_file()]:
-        raise ValueError(f"{folder} has no {lost[0]}: pass a folder of SAELens (cfg.json, sae_weights.safetensors), or of save_dictionary")
+        raise ValueError(f"{folder} has no {lost[0]}: pass a folder of SAELens (cfg.json, sae_weights.safetensors), "
+                         f"or of save_dictionary")
     try: config = json.loads((folder/names[0]).read_text())
     except ValueError: raise ValueError(f"{folder/names[0]} is no JSON: fetch it again") from None
-    about = ({k: config.get(k) for k in ("site", "encoder", "k", "subtract")} if ours else _saelens(config, folder/names[0]))
+    own = ("site", "encoder", "k", "subtract")
+    about = {k: config.get(k) for k in own} if ours else _saelens(config, folder/names[0])
     t, _ = read_tensors(folder/names[1])
     if lost := {"W_enc", "b_enc", "W_dec", "b_dec"} - t.keys():
         raise ValueError(f"{folder/names[1]} lacks {', '.join(sorted(lost))}: it holds {', '.join(sorted(t))}")
@@ -249,10 +258,13 @@ def read_dictionary(folder:str|Path)->Dictionary: # With the two files of SAELen
     if threshold is None and "log_threshold" in t: threshold = t["log_threshold"].exp()
     shapes = dict(W_enc=(d, n), b_enc=(n,), W_dec=(n, d), b_dec=(d,))
     if bad := [k for k, v in shapes.items() if tuple(t[k].shape) != v or not t[k].isfinite().all()]:
-        raise ValueError(f"{bad[0]} of {folder/names[1]} is {tuple(t[bad[0]].shape)}, {shapes[bad[0]]} of finite numbers is needed")
-    if about["encoder"] == "jumprelu" and threshold is None: raise ValueError(f"{folder/names[1]} has no threshold: a jumprelu needs one")
+        raise ValueError(f"{bad[0]} of {folder/names[1]} is {tuple(t[bad[0]].shape)}, {shapes[bad[0]]} of finite "
+                         f"numbers is needed")
+    if about["encoder"] == "jumprelu" and threshold is None:
+        raise ValueError(f"{folder/names[1]} has no threshold: a jumprelu needs one")
     if about["encoder"] == "topk" and not about["k"]: raise ValueError(f"{folder/names[0]} says no k: a topk needs one")
-    return Dictionary(**about, **{k: t[k].float() for k in shapes}, threshold=None if threshold is None else threshold.float())
+    return Dictionary(**about, **{k: t[k].float() for k in shapes},
+                      threshold=None if threshold is None else threshold.float())
 
 def save_dictionary(dictionary:Dictionary, folder:str|Path):
     "Write a dictionary as two files, `dictionary.json` last."
@@ -261,7 +273,8 @@ def save_dictionary(dictionary:Dictionary, folder:str|Path):
                if getattr(dictionary, k) is not None}
     for name in ("dictionary.json", "dictionary.safetensors"): check_free(folder/name, "dictionary")
     write_tensors(folder/"dictionary.safetensors", tensors, "dictionary", {})
-    write_json(folder/"dictionary.json", {k: getattr(dictionary, k) for k in ("site", "encoder", "k", "subtract")}, "dictionary")
+    write_json(folder/"dictionary.json", {k: getattr(dictionary, k) for k in ("site", "encoder", "k", "subtract")},
+               "dictionary")
 
 # %% ../../nbs/decompositions/feature_clusters.ipynb #pane-code
 def row_contexts(
@@ -289,7 +302,8 @@ def cluster_pane(
     u, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     raw, short = torch.linalg.svdvals(x), lambda o, n=3: [round(float(y), n) for y in o]
     z, planes = (u*s)[:most, :5], min(4, min(5, len(s)) - 1)
-    fig = make_subplots(2, 3, subplot_titles=["decoder cosines", "singular values", *(f"components {i + 1}, {i + 2}" for i in range(planes))])
+    titles = ["decoder cosines", "singular values", *(f"components {i + 1}, {i + 2}" for i in range(planes))]
+    fig = make_subplots(2, 3, subplot_titles=titles)
     names = [str(o) for o in cluster]
     fig.add_heatmap(z=[short(o, 2) for o in W@W.T], x=names, y=names, colorscale="RdBu", zmid=0, zmin=-1, zmax=1,
                     showscale=False, row=1, col=1)
@@ -301,7 +315,8 @@ def cluster_pane(
                         marker=dict(size=4, color=colour[:most] if colour else "#08519c", colorscale="HSV"),
                         row=1 + (i + 2)//3, col=1 + (i + 2) % 3)
     fig.update_xaxes(type="category", row=1, col=1).update_yaxes(type="category", autorange="reversed", row=1, col=1)
-    return fig.update_layout(width=900, height=560, title=title, template="plotly_white", margin=dict(l=50, r=10, t=60, b=30))
+    return fig.update_layout(width=900, height=560, title=title, template="plotly_white",
+                             margin=dict(l=50, r=10, t=60, b=30))
 
 def write_pane(fig, file:str|Path):
     "Write a pane as one page that needs no network."

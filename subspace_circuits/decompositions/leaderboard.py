@@ -26,7 +26,8 @@ def partition_of(
     d, taken, out = len(bases[0]), torch.zeros(len(bases[0]), 0).double(), {}
     for i, o in enumerate(bases):
         if o.ndim != 2 or len(o) != d or not o.isfinite().all():
-            raise ValueError(f"subspace {i} of {site} is {tuple(o.shape)}: pass {d} rows of finite numbers and a column for each dimension")
+            raise ValueError(f"subspace {i} of {site} is {tuple(o.shape)}: pass {d} rows of finite numbers and a "
+                             f"column for each dimension")
         x = F.normalize(o.double(), dim=0)
         u, s, _ = torch.linalg.svd(x - taken@(taken.T@x), full_matrices=False)
         if (s > KEPT).any():

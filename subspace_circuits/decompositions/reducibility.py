@@ -53,7 +53,8 @@ def check_planes(
 )->Float[Tensor, "plane row 2"]: # Centred
     "Refuse planes that cannot be measured, in one line."
     if f.ndim != 3 or f.shape[2] != 2:
-        raise ValueError(f"planes of shape {tuple(f.shape)}: pass plane, row and two coordinates; pca_planes makes them")
+        raise ValueError(f"planes of shape {tuple(f.shape)}: pass plane, row and two coordinates; pca_planes makes "
+                         f"them")
     n, need = f.shape[1], limits.each*limits.bins**2
     if n < need:
         raise ValueError(f"{n} points are too few for {limits.bins} x {limits.bins} bins: pass at least {need}, or use "
@@ -168,7 +169,7 @@ def _across(f, angles, epsilon):
 def mixture(
     f:Float[Tensor, "plane row 2"], seed:int=0, limits:PlaneLimits=PLANES,
 )->Mixture: # Centres from the mean of the rows
-    "The largest share of points in a strip (arXiv 2405.14860, Definition 5), by exact sweeps over a grid of directions."
+    "The largest share of points in a strip (arXiv 2405.14860, Definition 5), by exact sweeps over directions."
     some = torch.randperm(f.shape[1], generator=torch.Generator().manual_seed(seed))[:limits.sample]
     step, found = math.pi/limits.directions, []
     for plane in tqdm(check_planes(f, limits), desc="mixture", unit="plane"):
@@ -226,8 +227,8 @@ def draw_planes(
         for side in (-1, 1):
             edge = (M.centre[i] + side*limits.epsilon*rms)*v
             line = torch.stack([edge - long*w, edge + long*w])
-            fig.add_scatter(x=short(line[:, 0]), y=short(line[:, 1]), mode="lines", line=dict(color="#d94801", dash="dot"),
-                            col=1, **row)
+            fig.add_scatter(x=short(line[:, 0]), y=short(line[:, 1]), mode="lines", col=1,
+                            line=dict(color="#d94801", dash="dot"), **row)
         count, ends = torch.histogram(z/rms, 41, range=(-3.1, 3.1))
         middle = (ends[1:] + ends[:-1])/2
         inside = ["#d94801" if abs(o) < limits.epsilon else "#9ecae1" for o in middle.tolist()]
