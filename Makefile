@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run lab test readme docs clean
+.PHONY: help run lab test readme assets figure docs clean
 .DELETE_ON_ERROR:
 
 ACTIVATE = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -24,15 +24,25 @@ test: .venv/.installed  ## every notebook's cells but those marked slow or long,
 readme: .venv/.installed  ## README.md from nbs/index.ipynb
 	@.venv/bin/python .ci/readme.py
 
-# The README comes first: nbdev_docs writes its own only where README.md is older than the notebook.
-# Figures load plotly from the site itself, so that they show offline.
-docs:  ## the website, into _docs (needs Quarto)
-	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: see https://quarto.org/docs/get-started' >&2; exit 1; }
-	@$(MAKE) --no-print-directory readme
-	@$(ACTIVATE) OMP_NUM_THREADS=1 python .ci/pages.py
+# What the site shows besides the notebooks: the script that draws figures, and a run's explorer and report.
+assets: .venv/.installed
 	@mkdir -p nbs/assets
 	@.venv/bin/python -c "from plotly.offline import get_plotlyjs; print(get_plotlyjs())" > nbs/assets/plotly.min.js
-	@$(ACTIVATE) nbdev_docs
+	@.venv/bin/subspace-circuits run --out runs/induction
+	@.venv/bin/subspace-circuits explore runs/induction --static nbs/assets/explorer.html --overwrite
+	@cp runs/induction/report.html nbs/assets/report.html
+
+figure: assets  ## the front page's figure, from the bundled run (needs Chromium)
+	@.venv/bin/python .ci/front_figure.py runs/induction
+
+# The README comes first: nbdev_docs writes its own only where README.md is older than the notebook. It keeps pages that
+# it has processed, also where for_site.py has changed, hence the rm.
+docs:  ## the website, into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo 'make docs needs Quarto: see https://quarto.org/docs/get-started' >&2; exit 1; }
+	@$(MAKE) --no-print-directory readme assets
+	@$(ACTIVATE) OMP_NUM_THREADS=1 python .ci/pages.py
+	@rm -rf _proc
+	@$(ACTIVATE) PYTHONPATH=.ci nbdev_docs
 
 clean:  ## remove built pages and caches (keeps .venv and runs)
 	rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml .pytest_cache

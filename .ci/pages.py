@@ -1,7 +1,8 @@
 """Process every page as nbdev does for the website; fail on any error and name page and cell. It writes nothing.
 
-nbdev runs the cells that documentation needs (exports, imports, `show_doc`) and no other. An error there stops
-`make docs`; a figure drawn in the wrong place or a link to nothing does not. All are found here, page by page."""
+nbdev runs the cells that documentation needs (exports, imports, `show_doc`) and no other, and our own step
+(`for_site.py`) last. An error there stops `make docs`; a link to nothing, a script from elsewhere or a figure that
+nobody put in words does not. All are found here, page by page."""
 import os, re, sys, warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -48,6 +49,12 @@ def outputs(cell, kind):
     return "\n".join("".join(o) for o in stored)
 
 
+def elements(cell):
+    "The HTML that a cell puts on the page."
+    if cell.cell_type == "markdown": return cell.source
+    return "\n".join(outputs(cell, o) for o in ("text/html", "text/markdown"))
+
+
 def prose(cell):
     "The Markdown that a cell puts on the page, blocks of code left out."
     text = cell.source if cell.cell_type == "markdown" else outputs(cell, "text/markdown")
@@ -64,8 +71,7 @@ def slug(heading):
 def ids(cell):
     "The ids that a cell puts on the page: of headings, of elements, and, where Quarto frames it, its own."
     yield from (slug(o) for o in re.findall(r"^#+ +(.+?) *#*$", prose(cell), re.M))
-    html = cell.source if cell.cell_type == "markdown" else outputs(cell, "text/html")
-    yield from re.findall(r'<[^>]*\sid="([^"]+)"', html)
+    yield from re.findall(r'<[^>]*\sid="([^"]+)"', elements(cell))
     if cell.cell_type == "code" and not re.search(r"^#\| *output: *asis", cell.source, re.M): yield cell.id
 
 
@@ -77,8 +83,27 @@ def faults(cell, where):
         elif "[source](" not in prose(cell): yield "no link to the source: is the nbdev entry point installed?"
     nested = re.findall(r"(?<!!)\[[^\[\]\n]*\[`[^`]+`\]\([^)]*\)[^\[\]\n]*\]\([^)]*\)", prose(cell))
     yield from (f"a link in a link: {o}" for o in nested)
-    for o in re.findall(r'Plotly\.newPlot\(\s*"([^"]+)"', outputs(cell, "text/html")):
+    for o in re.findall(r'<div class="figure-data" id="([^"]*)"', elements(cell)):
         if len(where[o]) > 1: yield f"its figure is {o!r}, and so is something else: {', '.join(where[o])}"
+    yield from unlike_a_page(cell)
+
+
+def unlike_a_page(cell):
+    "What of a processed cell loads from elsewhere, cannot be read aloud, or names a page without leading to it."
+    for o in ("text/html", "application/javascript"): # for these Quarto loads jQuery and require.js from elsewhere
+        if outputs(cell, o).strip(): yield f"an output of type {o}"
+    html = elements(cell)
+    loaded = re.findall(r'<(?:script|link|img|iframe|source)\b[^>]*\s(?:src|href)="((?:https?:)?//[^"]*)"', html)
+    yield from (f"loads {o} from elsewhere" for o in loaded)
+    pictures = [("picture", o) for o in re.findall(r"!\[((?:[^\[\]]|\[[^\]]*\])*)\]\(", prose(cell))]
+    for kind, tag, words in (("picture", "<img", "alt"), ("figure", '<div class="figure-data"', "aria-label"),
+                             ("frame", "<iframe", "title")):
+        for o in re.findall(rf"{tag}(?=[\s>])[^>]*>", html):
+            said = re.search(rf'\b{words}="([^"]*)"', o)
+            pictures.append((kind, said[1] if said else ""))
+    yield from (f"a {kind} that nothing says in words: {said!r}" for kind, said in pictures if len(said.split()) < 5)
+    bare = re.sub(r"\[[^\[\]]*\]\([^)]*\)", "", prose(cell))
+    yield from (f"{o!r} is no link" for o in re.findall(r"\b[Pp]ages? 0\w+", bare))
 
 
 def process(path):
@@ -96,10 +121,17 @@ def process(path):
         for o in ids(cell): where.setdefault(o, []).append(name(cell))
     failed = {cell for cell, _ in nb.found_}
     found = nb.found_ + [(name(o), fault) for o in nb.cells if name(o) not in failed for fault in faults(o, where)]
-    pattern = re.escape(f"{get_config().doc_host}{get_config().doc_baseurl}/") + r"([\w.]+\.html)(?:#([\w.-]+))?"
+    pattern = re.escape(f"{get_config().doc_host}{get_config().doc_baseurl}/") + r"([\w./]+\.html)(?:#([\w.-]+))?"
     links = [(name(o), *link) for o in nb.cells for link in re.findall(pattern, prose(o))]
+    links += [(name(o), *link) for o in nb.cells # on the site, a notebook's name becomes its page's
+              for link in re.findall(r"\]\(([\w./-]+\.ipynb|)(?:#([\w.-]+))?\)", prose(o)) if any(link)]
     head = yaml.safe_load(nb.cells[0].source.strip().strip("-")) if nb.cells[0].cell_type == "raw" else {}
     return head.get("title"), head.get("output-file", f"{path.stem}.html"), set(where), links, found
+
+
+def made():
+    "The pages that `make docs` writes beside those of the notebooks."
+    return re.findall(r"nbs/(assets/\w+\.html)", (root/"Makefile").read_text(encoding="utf-8"))
 
 
 def check(nbs):
@@ -111,12 +143,13 @@ def check(nbs):
     for o in listed ^ set(names): yield o, "the page", "not both a notebook and in the sidebar"
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         done = list(pool.map(process, pages))
-    on_site = {file: ids for _, file, ids, _, _ in done}
-    for page, (title, _, _, links, found) in zip(names, done):
+    on_site = {file: ids for _, file, ids, _, _ in done} | dict.fromkeys(made(), ())
+    on_site |= {page: ids for page, (_, _, ids, _, _) in zip(names, done)}
+    for page, (title, _, own, links, found) in zip(names, done):
         if not title: yield page, "the page", "no title"
         yield from ((page, *o) for o in found)
         for cell, file, anchor in links:
-            if anchor not in on_site.get(file, ()) and (anchor or file not in on_site):
+            if anchor not in (on_site.get(file, ()) if file else own) and (anchor or file not in on_site):
                 yield page, cell, f"a link to {file}#{anchor}, which is not there"
 
 

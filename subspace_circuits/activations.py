@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'ROWS', 'COLUMNS', 'MAPPED_ROWS', 'STORE', 'MESSAGE', 'stream_sites', 'match_sites', 'check_sites',
-           'AllRead', 'read_sites', 'batch_rows', 'given', 'read_by', 'fingerprint', 'shard_moments', 'merge_moments',
-           'as_float', 'save_shard', 'shuffled', 'Context', 'ActivationStore', 'check_model', 'verify', 'one_writer',
-           'ranks', 'capture', 'moments', 'live']
+           'Activations', 'mark_site', 'check_origin', 'AllRead', 'read_sites', 'batch_rows', 'given', 'read_by',
+           'fingerprint', 'shard_moments', 'merge_moments', 'as_float', 'save_shard', 'shuffled', 'Context',
+           'ActivationStore', 'check_model', 'verify', 'one_writer', 'ranks', 'capture', 'moments', 'live']
 
 # %% ../nbs/01_activations.ipynb #imports
 import copy, fcntl, hashlib, json, os, time, warnings
@@ -66,6 +66,50 @@ def check_sites(
     "Raise if a site does not exist in a model."
     match_sites(model, sites)
 
+# %% ../nbs/01_activations.ipynb #origin
+_CHOOSE = frozenset("__getitem__ index_select narrow select split chunk unbind flatten reshape view clone detach "
+                    "contiguous cpu cuda to type float double half bfloat16".split())
+
+class Activations(Tensor):
+    "A tensor that knows its site and, from a store, the fingerprint of its model."
+    site, weights = "", ""
+
+    @classmethod
+    def __torch_function__(cls, f, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            out = f(*args, **kwargs or {})
+            if f.__name__ not in _CHOOSE or not isinstance(args[0], Activations): return out
+            one, *_ = args
+            parts = out if isinstance(out, tuple) else [out]
+            parts = [mark_site(o, one.site, one.weights) if isinstance(o, Tensor) else o for o in parts]
+            return tuple(parts) if isinstance(out, tuple) else parts[0]
+
+def mark_site(
+    h:Tensor, # Activations, `... d_model`
+    site:str, weights:str="", # Hook name; fingerprint of the model, if it is known
+)->Activations: # The same memory
+    "Tell activations where they were read."
+    h = h.as_subclass(Activations)
+    h.site, h.weights = site, weights
+    return h
+
+# %% ../nbs/01_activations.ipynb #origin-check
+def check_origin(
+    h:Tensor, # `... d_model`
+    site:str, width:int, # Where it should have been read, and the width there
+    weights:str="", # Fingerprint of the model it should come from; none if any will do
+):
+    "Raise if activations are known to come from another site or another model, or have another width."
+    theirs, model = getattr(h, "site", ""), getattr(h, "weights", "")
+    if h.shape[-1] != width:
+        raise ValueError(f"activations of width {h.shape[-1]} do not belong to {site}, whose width is {width}")
+    if theirs and theirs != site:
+        raise ValueError(f"activations of {theirs} do not belong to {site}, although both are {width} wide: read them "
+                         f"at {site}")
+    if model and weights and model != weights:
+        raise ValueError(f"activations of a model with weights {model[:8]}… do not belong to one with weights "
+                         f"{weights[:8]}…: read them from that model")
+
 # %% ../nbs/01_activations.ipynb #read-sites
 class AllRead(Exception): "Every site has been read."
 
@@ -74,7 +118,7 @@ def read_sites(
     model:nn.Module, # A TransformerLens model
     batch:Batch, # Sequences to run it on
     sites:list[str], # Hook names
-)->dict[str, Tensor]: # Each site `batch pos d_model`
+)->dict[str, Activations]: # Each site `batch pos d_model`
     "Run a model until all of some sites have been read."
     found = {}
     def keep(name):
@@ -86,7 +130,7 @@ def read_sites(
     try:
         model.run_with_hooks(batch.tokens.to(device), fwd_hooks=[(o, keep(o)) for o in sites],
                              position_ids=batch.positions.to(device), return_type=None)
-    except AllRead: return found
+    except AllRead: return {k: mark_site(v, k) for k, v in found.items()}
     raise ValueError(f"{', '.join(o for o in sites if o not in found)} never ran: leave it out")
 
 # %% ../nbs/01_activations.ipynb #rows
@@ -99,7 +143,7 @@ def batch_rows(
     sites:list[str], # Hook names
     first_document:int=0, # Number of the first sequence
     dtype:str="float32", # Of the rows: float32, bfloat16 or float16
-)->dict[str, Tensor]: # Each site `row d_model`; each column `row`
+)->dict[str, Tensor]: # Each site `row d_model`, which it knows; each column `row`
     "Run a model and keep the real positions of some sites, one row each."
     cache = read_sites(model, batch, sites)
     document = first_document + torch.arange(len(batch.tokens))[:, None].expand_as(batch.tokens)
@@ -243,7 +287,11 @@ class _Shards:
         check(self.folder/shard["file"], shard["sha256"])
         with safe_open(self.folder/shard["file"], "pt") as f:
             if name not in f.keys(): raise ValueError(f"no {name!r} in {self.folder}: use one of {', '.join(f.keys())}")
-            return f.get_tensor(name)
+            return self._told(name, f.get_tensor(name))
+
+    def _told(self, name, x):
+        "A site knows which it is, and of which model."
+        return mark_site(x, name, self.info["capture"].get("weights", "")) if name in self.sites else x
 
     def column(self, name:str)->Int[Tensor, "row"]:
         return torch.cat([self._mapped(o, name) for o in self.info["shards"]]).long()
@@ -291,7 +339,7 @@ class _Batches(_Shards):
             if a < b: into[order[a:b]] = _bits(self._part(i, name))[rising[a:b] - self.starts[i]]
         self._read += len(order)
         if self._read >= MAPPED_ROWS: self._kept, self._read = {}, 0
-        return as_float(out)
+        return self._told(name, as_float(out))
 
     def batches(self, name:str, size:int, shuffle:bool=True, seed:int=0, epochs:int=1):
         """Yield all rows of a site or a column, `size` at a time, the last batch smaller, at a memory that does not
@@ -318,7 +366,8 @@ class ActivationStore(_Batches):
         "Yield one site or column, shard by shard."
         for o in self.info["shards"]: yield as_float(self._mapped(o, name))
 
-    def __getitem__(self, site:str)->Float[Tensor, "row d_model"]: return torch.cat(list(self.shards(site)))
+    def __getitem__(self, site:str)->Float[Tensor, "row d_model"]:
+        return self._told(site, torch.cat(list(self.shards(site))))
 
     def context(self,
                 row:int, # A row of the store

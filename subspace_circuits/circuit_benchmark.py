@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -30,7 +31,7 @@ from .circuit_families import plant
 from .circuits import find_circuit
 from .closed_form import closed_form
 from .edges import (
-    Moments, average_precision, block_energy, check_partitions, embed_edges, identity, neurons,
+    Moments, PartitionedModel, average_precision, block_energy, check_partitions, embed_edges, identity, neurons,
     planted_partitions, score_edges, seen_by, unembed_edges)
 from .forward import Weights, circuit_sites, read_site, write_site
 from .growth import learn_partition
@@ -69,23 +70,23 @@ def inner(edges:list[dict], entry:str)->Scores:
     return {identity(o): o[entry] for o in edges if o["type"] in ("QK", "OV", "MLP")}
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #ours
-def weighted_score(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def weighted_score(split:PartitionedModel, task:Task, seed:int)->Scores:
     "Score edges by weights and moments, in logits or shares of variance."
-    return inner(score_edges(model, moments, partitions, 8, seed), "score")
+    return inner(score_edges(split, 8, seed), "score")
 
-def enriched(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def enriched(split:PartitionedModel, task:Task, seed:int)->Scores:
     "Score edges by their energy over its mean under rotation, from weights alone."
-    return inner(score_edges(model, moments, partitions, 8, seed), "enrichment")
+    return inner(score_edges(split, 8, seed), "enrichment")
 
-def significance(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def significance(split:PartitionedModel, task:Task, seed:int)->Scores:
     "Score edges by how far their p-value is below .001, in powers of ten; what is below is reported."
     return {k: -3 - math.log10(max(p, 1e-300))
-            for k, p in inner(score_edges(model, moments, partitions, seed=seed), "p").items()}
+            for k, p in inner(score_edges(split, seed=seed), "p").items()}
 
-def circuit(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def circuit(split:PartitionedModel, task:Task, seed:int)->Scores:
     """Score edges by `find_circuit`: necessity in nats of those reported, embeddings and logits among them; the others
     by when they fell, below zero."""
-    kept, info = find_circuit(model, task, moments, partitions, seed=seed)
+    kept, info = find_circuit(split, task, seed=seed)
     return ranked(kept, info["candidates"])
 
 def ranked(kept:list[dict], candidates:list[dict])->Scores: # As `find_circuit` returns them
@@ -143,10 +144,10 @@ def form_tables(
 # %% ../nbs/03d_circuit_benchmark.ipynb #virtual
 def _eye(W): return torch.eye(W.shape[1], dtype=W.dtype)
 
-def virtual_weights(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def virtual_weights(split:PartitionedModel, task:Task, seed:int)->Scores:
     """Score edges by the norm of their block of weights (virtual weights; Elhage et al. 2021, A Mathematical Framework
     for Transformer Circuits)."""
-    w, partitions = moments.weights, check_partitions(model, partitions)
+    w, partitions = split.weights, split.partitions
     def norms(f): return block_energy(seen_by(f.left, _eye(f.A), f.A), seen_by(f.right, _eye(f.B), f.B))
     return by_edge(partitions, form_tables(w, partitions, norms))
 
@@ -181,15 +182,14 @@ def composed(w:Weights, partitions:dict[str, Partition])->dict[tuple[str, int], 
     return form_tables(w, partitions, score)
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #composition-scores
-def composition(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def composition(split:PartitionedModel, task:Task, seed:int)->Scores:
     "Score edges by composition with what is written before them (Elhage et al. 2021, Q-, K- and V-composition)."
-    partitions = check_partitions(model, partitions)
-    return by_edge(partitions, composed(moments.weights, partitions))
+    return by_edge(split.partitions, composed(split.weights, split.partitions))
 
-def composition_over_random(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int,
+def composition_over_random(split:PartitionedModel, task:Task, seed:int,
                             draws:int=8)->Scores:
     "Score edges by composition less that of random maps of the same shapes (Elhage et al. 2021)."
-    w, g, partitions = moments.weights, torch.Generator().manual_seed(seed), check_partitions(model, partitions)
+    w, partitions, g = split.weights, split.partitions, torch.Generator().manual_seed(seed)
     random = [composed(random_weights(w, g), partitions) for _ in range(draws)]
     return by_edge(partitions, {k: v - sum(o[k] for o in random)/draws for k, v in composed(w, partitions).items()})
 
@@ -201,18 +201,19 @@ def directions(
     _, s, V = torch.linalg.svd(W, full_matrices=False)
     return V[s > least*s[0]]
 
-def svd_composition(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def svd_composition(split:PartitionedModel, task:Task, seed:int)->Scores:
     """Score edges by composition with the singular component that composes most (Merullo et al. 2024, Talking Heads
     Among Transformers)."""
-    w, partitions = moments.weights, check_partitions(model, partitions)
+    w, partitions = split.weights, split.partitions
     def seen(x, bases, W): return torch.stack([(x@u)@(u.T@W) for u in bases], 1) # component subspace direction d_head
     def score(f):
         x, size = torch.cat([directions(o) for o in writers(w, f.layer, f.kind == "MLP")]), _size(f)
         left = seen(x if f.A.shape[1] > 1 else _eye(f.A), f.left, f.A)
         if f.kind == "QK":
-            energy = torch.stack([torch.einsum("xie,yje->xyij", l, r).square().amax((2, 3))
+            energy = torch.stack([einsum(l, r, "left i d_head, right j d_head -> left right i j").square().amax((2, 3))
                                   for l, r in zip(left, seen(x, f.right, f.B))])
-        else: energy = torch.einsum("hxie,hyef,hxif->hxyi", left, seen_by(f.right, _eye(f.B), f.B), left)
+        else: energy = einsum(left, seen_by(f.right, _eye(f.B), f.B), left,
+                              "head left i e, head right e f, head left i f -> head left right i")
         if f.kind == "MLP": return (energy/size.sum()).sum(0, keepdim=True).amax(-1)
         return (energy if f.kind == "QK" else energy.amax(-1))/size[:, None, None]
     return by_edge(partitions, form_tables(w, partitions, score))
@@ -238,9 +239,11 @@ def _blocks(M, read, write):
 def _qk_parts(L, r, bases, weight):
     "The part of each pair of subspaces in a layer's weighted scores."
     P = torch.stack([u@u.T for u in bases])
-    q, k = (torch.einsum("bpd,hxde->bhxpe", r, torch.einsum("xdc,hce->hxde", P, L[o])) for o in "QK")
+    maps = (einsum(P, L[o], "part d_model c, head c d_head -> head part d_model d_head") for o in "QK")
+    q, k = (einsum(r, o, "batch pos d_model, head part d_model d_head -> batch head part pos d_head") for o in maps)
     q = torch.cat([q, L["bQ"][None, :, None, None].expand(len(r), -1, -1, r.shape[1], -1)], 2)
-    return torch.einsum("bhxqe,bhyqe->hxy", q, torch.einsum("bhqk,bhyke->bhyqe", weight, k))
+    met = einsum(weight, k, "batch head query key, batch head part key d_head -> batch head part query d_head")
+    return einsum(q, met, "batch head a query d_head, batch head b query d_head -> head a b")
 
 def _mlp_parts(w, layer, r, read, write, weight):
     "The part of each pair of subspaces in what an MLP writes, weighted, to first order."
@@ -264,7 +267,8 @@ def parts_of_run(
         read, write = (partitions[s] for s in sites)
         r = found.stream[sites[0]]/w.scale(found.stream[sites[0]])
         out["QK", i] = _qk_parts(L, r, read.bases.values(), weights.scores[i])
-        moved = torch.einsum("bhqk,bkd,bqe->hde", w.softmax(found.scores[i]), r, weights.stream[sites[1]])
+        moved = einsum(w.softmax(found.scores[i]), r, weights.stream[sites[1]],
+                       "batch head query key, batch key d, batch query e -> head d e")
         out["OV", i] = torch.stack([_blocks((read.basis.T@N@write.basis)*(read.basis.T@C@write.basis), read, write)
                                     for N, C in zip(L["V"]@L["O"], moved)])
         if not w.mlps: continue
@@ -299,17 +303,16 @@ def attribution(
 # %% ../nbs/03d_circuit_benchmark.ipynb #eap-scores
 def _sample(model, task, seed): return task.sample(48, None, torch.Generator().manual_seed(seed + 1), model.cfg.n_ctx)
 
-def eap(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int, steps:int=1)->Scores:
+def eap(split:PartitionedModel, task:Task, seed:int, steps:int=1)->Scores:
     """Score edges by the size of gradient times edge (EAP; Syed et al. 2023, Attribution Patching Outperforms
     Automated Circuit Discovery, eq. 2)."""
-    partitions = check_partitions(model, partitions)
-    tables = attribution(moments.weights, partitions, _sample(model, task, seed), steps)
-    return by_edge(partitions, {k: v.abs() for k, v in tables.items()})
+    tables = attribution(split.weights, split.partitions, _sample(split.model, task, seed), steps)
+    return by_edge(split.partitions, {k: v.abs() for k, v in tables.items()})
 
-def eap_ig(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def eap_ig(split:PartitionedModel, task:Task, seed:int)->Scores:
     """Score edges by the mean gradient on the way of the inputs times edge (EAP-IG; Hanna et al. 2024, Have Faith in
     Faithfulness), in five steps."""
-    return eap(model, task, moments, partitions, seed, 5)
+    return eap(split, task, seed, 5)
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #twera
 def co_moments(
@@ -327,25 +330,23 @@ Float[Tensor, "component a b"]]: # Signed; those of all that is written to a sub
         return torch.stack([(stream[p.site]@u).square().sum() for u in p.bases.values()]).clamp(min=1e-30)
     return {(kind, i): t if kind == "QK" else t/held(kind, i) for (kind, i), t in tables.items()}
 
-def twera(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def twera(split:PartitionedModel, task:Task, seed:int)->Scores:
     """Score edges by co-moments with their targets (after TWERA; Ameisen et al. 2025, Circuit Tracing, section on
     global weights)."""
-    partitions = check_partitions(model, partitions)
-    return by_edge(partitions, {k: v.abs()
-                                for k, v in co_moments(moments.weights, partitions,
-                                                       _sample(model, task, seed)).items()})
+    tables = co_moments(split.weights, split.partitions, _sample(split.model, task, seed))
+    return by_edge(split.partitions, {k: v.abs() for k, v in tables.items()})
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #oracle
-def ablation(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def ablation(split:PartitionedModel, task:Task, seed:int)->Scores:
     """Score edges by what right answers lose when each is removed from the whole model (exact activation patching with
     zero, one run an edge)."""
-    edges, judge = score_edges(model, moments, partitions, 8, seed), Judge(model, task, seed=seed + 1)
+    edges, judge = score_edges(split, 8, seed), Judge(split.model, task, seed=seed + 1)
     middle = [o for o in edges if o["type"] in ("QK", "OV", "MLP")]
-    return dict(zip(map(identity, middle), judge.singles(KeepOnly(model, moments, partitions, edges), middle)))
+    return dict(zip(map(identity, middle), judge.singles(KeepOnly(split, edges), middle)))
 
-def chance(model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], seed:int)->Scores:
+def chance(split:PartitionedModel, task:Task, seed:int)->Scores:
     "Score edges at random."
-    w, partitions, g = moments.weights, check_partitions(model, partitions), torch.Generator().manual_seed(seed)
+    w, partitions, g = split.weights, split.partitions, torch.Generator().manual_seed(seed)
     shapes = form_tables(w, partitions, lambda f: f.A.new_zeros(len(f.A), len(f.left), len(f.right)))
     return by_edge(partitions, {k: torch.rand(v.shape, generator=g) for k, v in shapes.items()})
 
@@ -413,17 +414,17 @@ def key_grades(
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #grade-one
 def grade(
-    known:KnownCircuit, moments:Moments, partitions:dict[str, Partition], homes:dict[tuple[str, str], Isolation],
+    known:KnownCircuit, split:PartitionedModel, homes:dict[tuple[str, str], Isolation], # From `isolation`
     scores:Scores, decides:bool=False, seed:int=0, # Whether the method reports what it scores above zero
 )->dict: # As `key_grades`, and n reported, right answers of the model that keeps them
     "Grade a method's scores against a key."
     scores = in_random_order(scores, seed)
     found = reported(scores, None if decides else Counter(o["type"] for o in known.edges))
     outer = [k for k, v in scores.items() if k[1] in ("embed", "unembed") and v > 0]
-    outer = outer or [identity(o) for o in embed_edges(moments, partitions) + unembed_edges(moments, partitions)]
-    keep = KeepOnly(known.model, moments, partitions, entries(dict.fromkeys([*outer, *found], 1.)))
+    outer = outer or [identity(o) for o in embed_edges(split) + unembed_edges(split)]
+    keep = KeepOnly(split, entries(dict.fromkeys([*outer, *found], 1.)))
     right = accuracy(keep, known.task, n=100, seed=seed + 7)
-    return key_grades(known, partitions, homes, scores, found) | dict(n=len(found), right=right)
+    return key_grades(known, split.partitions, homes, scores, found) | dict(n=len(found), right=right)
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #learned
 def learned_partitions(
@@ -496,12 +497,12 @@ def _compare_one(family, seed, learner, methods):
         about |= dict(strict=none, no_excuse=none, n=None, right=None, seconds=[learning, None])
         yield from (about | dict(method=o) for o in methods)
         return
-    moments, partitions = Moments(known.model, known.task, n=100, seed=seed), check_partitions(known.model, partitions)
+    split = PartitionedModel(Moments(known.model, known.task, n=100, seed=seed), partitions)
     for name, method in methods.items():
         start = time.perf_counter()
-        scores = method(known.model, known.task, moments, partitions, seed)
+        scores = method(split, known.task, seed)
         scoring = round(time.perf_counter() - start, 3)
-        graded = grade(known, moments, partitions, homes, scores, name in DECIDING, seed)
+        graded = grade(known, split, homes, scores, name in DECIDING, seed)
         yield about | dict(method=name, seconds=[learning, scoring], **graded)
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #compare-all
@@ -532,17 +533,16 @@ def compare_random(
     rows = []
     for family, seed in tqdm([(f, s) for f in families for s in range(seeds)], desc="random"):
         known, g = plant(family, seed=seed, certified=False), dict(n=100, seed=seed)
-        partitions, true = planted_partitions(known), {identity(o) for o in known.edges}
-        moments = Moments(known.model, known.task, **g)
-        nulls = [(net, Moments(net, known.task, **g))
-                 for net in (null_model(known.model, kind, seed) for kind in ("rotated", "untrained"))]
+        def split(net): return PartitionedModel(Moments(net, known.task, **g), planted_partitions(known, net))
+        true, planted = {identity(o) for o in known.edges}, split(known.model)
+        nulls = [split(null_model(known.model, kind, seed)) for kind in ("rotated", "untrained")]
         for name, method in methods.items():
-            scores = {} if name in DECIDING else method(known.model, known.task, moments, partitions, seed)
+            scores = {} if name in DECIDING else method(planted, known.task, seed)
             least = {kind: min([scores.get(k, 0.) for k in true if k[1] == kind], default=math.inf)
                      for kind in ("QK", "OV", "MLP")}
             if name in DECIDING: least = dict.fromkeys(least, 1e-12)
-            for net, m in nulls:
-                found = method(net, known.task, m, partitions, seed + 1000)
+            for null in nulls:
+                found = method(null, known.task, seed + 1000)
                 rows.append(dict(family=family, seed=seed, method=name,
                                  false=sum(v >= least.get(k[1], math.inf) for k, v in found.items())))
     return rows

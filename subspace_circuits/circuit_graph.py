@@ -23,10 +23,9 @@ from torch import nn
 
 from .activations import fingerprint, read_sites
 from .circuits import find_circuit, skip_shares
-from .edges import Moments, check_partitions
+from .edges import Moments, PartitionedModel, check_partitions
 from .explorer import readable
 from .files import check_free, read_json, write_json, write_text
-from .partition import Partition
 from .suites import read_partitions
 from .text import open_task
 from .toy_models import Task
@@ -75,18 +74,19 @@ def _add_edge(G, o):
 
 # %% ../nbs/03c_circuit_graph.ipynb #to-graph
 def to_graph(
-    model:nn.Module, moments:Moments, partitions:dict[str, Partition], edges:list[dict], # The kept edges
+    split:PartitionedModel, edges:list[dict], # The kept edges
     choice:dict|None=None, # What `find_circuit` says of it
     least:float=.1, # Smallest share of variance that is drawn as staying in the stream
 )->nx.MultiDiGraph: # Its `graph` says of which model and partitions, and how it was chosen
     "Draw up the graph of a circuit."
-    about = dict(model=fingerprint(model), partitions={s: p.fingerprint[:16] for s, p in partitions.items()},
-                 n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
+    c, p = split.model.cfg, split.partitions
+    about = dict(model=fingerprint(split.model), partitions={k: v.fingerprint[:16] for k, v in p.items()},
+                 n_layers=c.n_layers, n_heads=c.n_heads)
     if choice: about["choice"] = {k: v for k, v in choice.items() if k != "candidates"}
-    G, partitions = nx.MultiDiGraph(**about), check_partitions(model, partitions)
-    _add_subspaces(G, partitions, edges)
+    G = nx.MultiDiGraph(**about)
+    _add_subspaces(G, p, edges)
     for o in edges: _add_edge(G, o)
-    _add_skips(G, moments, partitions, least)
+    _add_skips(G, split.moments, p, least)
     return G
 
 # %% ../nbs/03c_circuit_graph.ipynb #graph-words
@@ -143,18 +143,18 @@ def edge_rows(
 # %% ../nbs/03c_circuit_graph.ipynb #examples
 @torch.no_grad()
 def add_examples(
-    G:nx.MultiDiGraph, model:nn.Module, task:Task, partitions:dict[str, Partition], # From `to_graph`, and its
+    G:nx.MultiDiGraph, split:PartitionedModel, task:Task, # From `to_graph`, and what it was made of
     k:int=3, n:int=50, seed:int=0, # Neighbours; sequences to look in
 )->nx.MultiDiGraph: # The same graph; its subspaces have `examples`: a row, then those that are like it
     "Write to each subspace which tokens are nearest to one row there, by cosine."
-    g = torch.Generator().manual_seed(seed)
-    batch, show = task.sample(n, None, g, model.cfg.n_ctx), partial(readable, getattr(task, "tokenizer", None))
+    g, partitions = torch.Generator().manual_seed(seed), split.partitions
+    batch, show = task.sample(n, None, g, split.model.cfg.n_ctx), partial(readable, getattr(task, "tokenizer", None))
     where = (batch.real & (batch.positions > 0)).nonzero()
     texts = [f"{show(batch.tokens[i, j - 1].item())} [{show(batch.tokens[i, j].item())}] at "
              f"{batch.positions[i, j].item()}" for i, j in where.tolist()]
     first = torch.randint(len(where), (1,), generator=g).item()
     other = where[:, 0] != where[first, 0]
-    for site, h in read_sites(model, batch, list(partitions)).items():
+    for site, h in read_sites(split.model, batch, list(partitions)).items():
         for name, z in partitions[site].split(h[where[:, 0], where[:, 1]]).items():
             z = F.normalize(z - z.mean(0), dim=-1)
             near = (z@z[first]).masked_fill(~other, -2).topk(k).indices.tolist()
@@ -621,9 +621,9 @@ def write_circuit(
                partitions={k: v.fingerprint[:16] for k, v in cuts.items()})
     if out.exists() and not overwrite: G = _held_circuit(out, job)
     else:
-        moments = Moments(model, task, seed=seed)
-        edges, choice = find_circuit(model, task, moments, cuts, answers=answers, seed=seed)
-        G = add_examples(to_graph(model, moments, cuts, edges, choice), model, task, cuts, seed=seed)
+        split = PartitionedModel(Moments(model, task, seed=seed), cuts)
+        edges, choice = find_circuit(split, task, answers=answers, seed=seed)
+        G = add_examples(to_graph(split, edges, choice), split, task, seed=seed)
         G.graph.update(job)
     write_figure(circuit_figure(G, explorer, static), drawn, f"Circuit of {source}")
     to_graphml(G, table)

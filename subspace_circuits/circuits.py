@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .edges import Moments, check_partitions, identity, living, score_edges
+from .edges import Moments, PartitionedModel, identity, living, score_edges
 from .keep_only import Judge, KeepOnly
 from .partition import Partition
 from .toy_models import Task, accuracy
@@ -59,12 +59,12 @@ def skip_shares(
     return torch.stack([torch.stack([share(a, c) for c in laters]) for a in firsts])
 
 def links(
-    m:Moments, partitions:dict[str, Partition], # By site
+    split:PartitionedModel,
     least:float=.01, # Share of a later subspace's variance
 )->dict[str, dict[str, set[str]]]: # Site to subspace to subspaces of the next site
     "List which subspaces of consecutive sites hold the same directions."
-    sites = m.weights.sites
-    shares = {s: skip_shares(m, partitions[s], partitions[t]) for s, t in zip(sites, sites[1:])}
+    sites, partitions = split.weights.sites, split.partitions
+    shares = {s: skip_shares(split.moments, partitions[s], partitions[t]) for s, t in zip(sites, sites[1:])}
     return {s: {a: {c for c, o in zip(partitions[t].names, row) if o > least}
                 for a, row in zip(partitions[s].names, shares[s])} for s, t in zip(sites, sites[1:])}
 
@@ -169,16 +169,16 @@ def _start(drawn, run, tried, every, price):
 
 # %% ../nbs/03_circuits.ipynb #find-circuit
 def find_circuit(
-    model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], # By site
+    split:PartitionedModel, task:Task,
     price:float=.1, # Nats that right answers may lose, as a `Judge` counts it
     answers:int=1000, # To choose on at first; forty times as many are asked for counterexamples
     mode:str="zero", seed:int=0, # What stands for what is not kept; of sequences and null draws
 )->tuple[list[dict], dict]: # Kept edges with `necessity`; candidates from the most needed on, curve, choice
     """Find the edges that a model's answers need: significant components, if those do it, an error budget, paths to
     the logits, then removal until every edge is needed."""
-    edges, partitions = score_edges(model, moments, partitions, seed=seed), check_partitions(model, partitions)
-    alive, joined = living(edges), links(moments, partitions)
-    def run(kept): return KeepOnly(model, moments, partitions, kept, mode)
+    model, edges = split.model, score_edges(split, seed=seed)
+    alive, joined = living(edges), links(split)
+    def run(kept): return KeepOnly(split, kept, mode)
     drawn, curve = Judge(model, task, _MANY*answers, seed + 1), _Curve(Judge(model, task, answers, seed + 2), run)
     every = edges if alive else []
     likely = [o for o in every if o["p"] is None or o["component"] in alive]
@@ -196,14 +196,13 @@ def find_circuit(
 
 # %% ../nbs/03_circuits.ipynb #faithfulness
 def faithfulness(
-    judge:Judge, model:nn.Module,
-    moments:Moments, partitions:dict[str, Partition], ranked:list[dict], # All edges, the most needed first
+    judge:Judge, split:PartitionedModel, ranked:list[dict], # All edges, the most needed first
     shares:tuple=(0, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1), # Of the edges
     mode:str="zero",
 )->dict: # cpr, cmd, curve
     """Compute the area under the share of divergence that the first edges recover, and its distance from 1 (CPR and
     CMD, Mueller et al. 2025)."""
-    kl = [judge.mean(KeepOnly(model, moments, partitions, ranked[:round(s*len(ranked))], mode)) for s in shares]
+    kl = [judge.mean(KeepOnly(split, ranked[:round(s*len(ranked))], mode)) for s in shares]
     f = 1 - torch.tensor(kl, dtype=torch.double)/max(kl[0], 1e-12)
     area = lambda y: torch.trapezoid(y, torch.tensor(shares, dtype=torch.double)).item()
     return dict(cpr=area(f), cmd=area((1 - f).abs()), curve=list(zip(shares, f.tolist())))
@@ -211,13 +210,12 @@ def faithfulness(
 # %% ../nbs/03_circuits.ipynb #completeness
 def completeness(
     measure:Callable, # Of a keep-only model, such as `mean` or `share_right` of a `Judge`
-    model:nn.Module,
-    moments:Moments, partitions:dict[str, Partition], edges:list[dict], candidates:list[dict], # The circuit, all edges
+    split:PartitionedModel, edges:list[dict], candidates:list[dict], # The circuit, all edges
     removed:list[list[dict]], mode:str="zero", # Sets of edges of the circuit
 )->list[tuple[float, float]]: # What is measured of the circuit without each set, and of the whole model without it
     """Remove edges of a circuit from the circuit and from the whole model: a complete circuit suffers as much (Wang et
     al. 2022)."""
-    circuit, whole = (KeepOnly(model, moments, partitions, o, mode) for o in (edges, candidates))
+    circuit, whole = (KeepOnly(split, o, mode) for o in (edges, candidates))
     return [(measure(circuit.without(o)), measure(whole.without(o))) for o in removed]
 
 # %% ../nbs/03_circuits.ipynb #stability
@@ -231,8 +229,8 @@ def circuit_stability(
     runs:int=5, n:int=100, **settings, # Number of resamples; sequences of each; of `find_circuit`
 )->tuple[float, list[list[dict]]]: # Mean Jaccard index of all pairs, circuits
     "Find a circuit again on other sequences, for moments and answers alike."
-    found = [find_circuit(model, task, Moments(model, task, n, seed=100 + s), partitions, seed=10*s, **settings)[0]
-             for s in range(runs)]
+    def split(s): return PartitionedModel(Moments(model, task, n, seed=100 + s), partitions)
+    found = [find_circuit(split(s), task, seed=10*s, **settings)[0] for s in range(runs)]
     pairs = [jaccard(a, b) for a, b in combinations(found, 2)]
     return sum(pairs)/len(pairs), found
 
@@ -280,11 +278,10 @@ def paths(
 
 # %% ../nbs/03_circuits.ipynb #certificate-code
 def certificate(
-    model:nn.Module, task:Task, moments:Moments, partitions:dict[str, Partition], edges:list[dict], n:int=100,
-    seed:int=3,
+    split:PartitionedModel, task:Task, edges:list[dict], n:int=100, seed:int=3, # A circuit; of the sequences to ask
 )->dict: # variation of the scale at each site; kl and accuracy with it frozen
     "Measure how far a circuit depends on its norms' divisions: each divides by its mean instead of the row's own."
-    w, judge = moments.weights, Judge(model, task, seed=seed)
-    frozen = KeepOnly(model, moments, partitions, edges, frozen=True)
-    cv = {s: (moments.cov["scale", s].squeeze().sqrt()/moments.mean["scale", s]).item() for s in w.sites}
+    moments, judge = split.moments, Judge(split.model, task, seed=seed)
+    frozen = KeepOnly(split, edges, frozen=True)
+    cv = {s: (moments.cov["scale", s].squeeze().sqrt()/moments.mean["scale", s]).item() for s in split.weights.sites}
     return dict(variation=cv, kl=judge.mean(frozen), accuracy=accuracy(frozen, task, n=n, seed=seed))

@@ -22,7 +22,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .partition import Partition, check_activations, complement, noise_floor, orthonormal
+from .partition import Partition, Verdict, check_activations, complement, noise_floor, orthonormal
 
 # %% ../nbs/02b_closed_form.ipynb #cumulants
 def cumulants(
@@ -40,7 +40,7 @@ def cumulants(
             C += (products@q.flatten(1).T).T.matmul(products).view(n*d, d)
         S += x.T@x
     C, S, q = C.view(n, d, d)/len(z), S/len(z), q.double()
-    M = torch.einsum("ik,jk->kij", q, q) if vectors else q
+    M = einops.einsum(q, q, "row query, col query -> query row col") if vectors else q
     return C - (M*S).sum((1, 2))[:, None, None]*S - 2*S@M@S
 
 def random_queries(d:int, n:int, generator:torch.Generator)->Float[Tensor, "d n"]:
@@ -487,17 +487,16 @@ def evidence(blocks:list[Block], accepted:list[CutTest], merged:list[tuple], row
         return [o._asdict() | {k: round(getattr(o, k), 4) for k in ("z", "limit", "dependence", "unseen")}
                 for o in tests]
     refused, found = [o.refused for o in blocks if o.refused], sum(not o.gaussian for o in blocks)
-    if not found: verdict = f"not identified: Gaussian, as far as {rows} rows show"
-    elif found == 1 and (left := [o.dependence for o in refused] + [o[4] for o in merged]):
-        verdict = f"not separated: the best cut leaves a dependence of {max(left):.2g}"
-    elif found == 1 and (size := max(o.basis.shape[1] for o in blocks if not o.gaussian)) > 1:
-        verdict = f"not separated: no directions of {size} were seen to go together"
-    else: verdict = f"{found} independent subspaces"
     unsure = [o.unseen for o in accepted if .1 < o.unseen < .5]
-    if unsure:
-        verdict += (f"; a dependence of {max(unsure):.2g} could have been missed, "
-                    f"about {int(rows*max(unsure)/.1)} rows would show it")
-    return dict(verdict=verdict, accepted=listed(accepted), refused=listed(refused),
+    remarks = () if not unsure else (f"a dependence of {max(unsure):.2g} could have been missed, about "
+                                     f"{int(rows*max(unsure)/.1)} rows would show it",)
+    left = [o.dependence for o in refused] + [o[4] for o in merged]
+    size = max((o.basis.shape[1] for o in blocks if not o.gaussian), default=0)
+    if not found: ended = "not identified", found, f"Gaussian, as far as {rows} rows show"
+    elif found == 1 and left: ended = "not separated", found, f"the best cut leaves a dependence of {max(left):.2g}"
+    elif found == 1 and size > 1: ended = "not separated", found, f"no directions of {size} were seen to go together"
+    else: ended = "separated", found, "independent subspaces"
+    return dict(**Verdict(*ended, remarks).info, accepted=listed(accepted), refused=listed(refused),
                 merged=[dict(sizes=o[:2], z=round(o[2], 2), limit=round(o[3], 2), share=round(o[4], 4))
                         for o in merged])
 
@@ -508,10 +507,11 @@ def closed_form(
     seed:int=0,
     error:float=.01, # Probability that any true cut is refused
     tolerance:float=.01, # Dependence that is let pass, as a share of what the smaller subspace couples within itself
-    weights:str="", # Fingerprint of the model, kept in the partition
+    weights:str="", # Fingerprint of the model, kept in the partition; what the rows know of it if not given
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest of empty and Gaussian directions
     "Find the independent subspaces of a site, their number included, from fourth cumulants (Theis 2006)."
     check_activations(h, site, 20)
+    weights = weights or getattr(h, "weights", "")
     start, h = time.perf_counter(), h.float()
     mean, d = h.mean(0), h.shape[1]
     e, v = torch.linalg.eigh(torch.cov((h - mean).T.double(), correction=0))

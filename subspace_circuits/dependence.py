@@ -152,6 +152,7 @@ def determination(
     generator:torch.Generator, shuffle:bool=False, # True: match with shuffled rows, as a null
 )->Float[Tensor, "from to"]: # Share of the variance of `to` that a match in `from` determines
     "How much each subspace knows of every other."
+    partition.check(h)
     blocks = [whiten(h@b) for b in partition.bases.values()]
     if not shuffle: return match_shares(blocks, generator)
     order = torch.randperm(len(h), generator=generator)
@@ -164,6 +165,7 @@ def block_entropy(
 )->float: # Nats; smaller is better
     """Sum the entropies of the subspaces: nearest-neighbour estimates, less their error on Gaussian rows of the same
     covariance."""
+    partition.check(h)
     x = h.float().cpu() - h.float().cpu().mean(0)
     generator = torch.Generator().manual_seed(zlib.crc32(x.numpy().tobytes())) # other rows, other noise
     x = x + noise*x.square().mean().sqrt()*torch.randn(x.shape, generator=generator)

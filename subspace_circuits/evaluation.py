@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .activations import check_sites, fingerprint, read_sites
 from .files import read_tensors, write_tensors
 from .forward import NORMS, fold
-from .partition import Partition, complement
+from .partition import Partition, check_learned_on, complement
 from .toy_models import Batch
 
 # %% ../nbs/02g_evaluation.ipynb #pairs
@@ -504,6 +504,8 @@ class Report(NamedTuple):
     figures: dict[str, object] # Everything that was measured
     checks: dict[str, bool]    # Each safeguard, passed or not
 
+    carries = property(lambda self: all(self.checks.values()))
+
     @property
     def verdict(self)->str:
         "Carries, or what speaks against it."
@@ -567,6 +569,7 @@ def _check_claim(model, partition, name, tests, variable, site):
     if len(partition.basis) != model.cfg.d_model:
         raise ValueError(f"the partition of {partition.site} is {len(partition.basis)} wide, this model "
                          f"{model.cfg.d_model}: pass a partition of this model")
+    check_learned_on(model, {partition.site: partition})
     if variable not in tests: raise ValueError(f"no test for {variable!r}: use one of {', '.join(tests)}")
     return partition[name].basis, partition.site
 

@@ -172,7 +172,7 @@ def cell(
     what = (f'src="{html.escape(page)}"' if page.startswith("http://127.0.0.1:")
             else f'srcdoc="{html.escape(page)}" sandbox="allow-scripts"')
     style = f"width: 100%; height: {height}px; border: 1px solid #ccc; border-radius: 6px"
-    return f'<iframe {what} title="explorer" style="{style}"></iframe>'
+    return f'<iframe {what} title="Explorer: what the subspaces of a model see" style="{style}"></iframe>'
 
 
 def render_page(about:dict)->str: # From the explorer, with a mode: live, file or cell

@@ -6,15 +6,13 @@ from torch import Tensor
 def show(
     fig, # A plotly figure
     name:str, # Its identity on the page
-    assets:str="assets", # Where the site's page finds plotly: "../assets" from a page in a folder
+    alt:str, # What it shows, in words: for those who cannot see it, and where it cannot be drawn
 ):
-    "Display a figure in notebooks and, offline, on the site."
+    "Display a figure in notebooks; the site draws it from the same data, in the reader's colours and width."
     from IPython.display import display
     fig.layout.template.data = None # how other kinds of traces would look
-    html = fig.to_html(full_html=False, include_plotlyjs=f"{assets}/plotly.min.js", div_id=f"figure:{name}",
-                       config={"displayModeBar": False})
-    display({"application/vnd.plotly.v1+json": fig.to_plotly_json(), "text/html": html,
-             "text/plain": f"<figure {name}>"}, raw=True)
+    fig.layout.meta = dict(fig.layout.meta or {}, name=name, alt=alt)
+    display({"application/vnd.plotly.v1+json": fig.to_plotly_json(), "text/plain": alt}, raw=True)
 
 
 def heatmaps(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-__all__ = ["check", "check_free", "comment", "damaged", "kind_of", "left_over", "mark", "owned", "read_json",
+__all__ = ["check", "check_free", "comment", "damaged", "kind_of", "left_over", "mark", "of_others", "owned", "read_json",
            "read_tensors", "reason", "remove", "replacing", "sha256", "walk", "write_json", "write_tensors",
            "write_text"]
 
@@ -28,6 +28,11 @@ hashed = {} # What identifies a file's content, to its SHA-256
 def reason(e: Exception) -> str:
     "The first sentence of another library's error, in one line."
     return " ".join(str(e).split()).split(". ")[0][:200]
+
+
+def of_others(path: str) -> Path:
+    "Where to look for a file that cannot ship with this package: in the folder that SUBSPACE_CIRCUITS_DATA names."
+    return Path(os.environ.get("SUBSPACE_CIRCUITS_DATA", "data"))/path
 
 
 # ## Whose a file is

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -140,7 +141,7 @@ def _read_heads(w, layer:int, which:str, # "Q", "K" or "V"
                 r:Float[Tensor, "... pos d_model"], positions:Int[Tensor, "batch pos"], bias:bool=True,
 )->Float[Tensor, "... head pos d_head"]: # Turned by their positions if the model is rotary
     "Give the queries, keys or values of a layer's heads."
-    y = torch.einsum("...pd,hde->...hpe", r, w.heads[layer][which])
+    y = einsum(r, w.heads[layer][which], "... pos d_model, head d_model d_head -> ... head pos d_head")
     if bias: y = y + w.heads[layer]["b" + which][:, None]
     return y if which == "V" else w.turn(y, positions[:, None])
 
@@ -149,7 +150,8 @@ def _attention(w, layer:int, r:Float[Tensor, "... pos d_model"], positions:Int[T
     "What the heads of a layer add, and their scores."
     q, k, v = (w.read_heads(layer, o, r, positions) for o in "QKV")
     scores, maps = q@k.mT, w.heads[layer]
-    return torch.einsum("...hpe,hed->...pd", w.softmax(scores)@v, maps["O"]) + maps["bO"], scores
+    moved = einsum(w.softmax(scores)@v, maps["O"], "... head pos d_head, head d_head d_model -> ... pos d_model")
+    return moved + maps["bO"], scores
 
 def _mlp(w, layer:int, r:Float[Tensor, "... d_model"])->Float[Tensor, "... d_model"]:
     "What an MLP adds."

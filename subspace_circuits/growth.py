@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .neighbors import nearest
-from .partition import Partition, check_activations, complement, orthonormal
+from .partition import Partition, Verdict, check_activations, complement, orthonormal
 from .search import Wrote, find_partition, ndm, neighbor_distance, units
 
 # %% ../nbs/02d_growth.ipynb #settings
@@ -198,11 +198,11 @@ def grow_partition(
     site:str, # Its hook name
     seed:int=0,
     pools:tuple=(64, 256, 1024, 2048), # Scales to search at, one restart each
-    weights:str="", # Fingerprint of the model, kept in the partition
+    weights:str="", # Fingerprint of the model, kept in the partition; what the rows know of it if not given
 )->Partition: # Subspaces s0, s1, … by falling variance, and a rest if something is left
     """Find the subspaces of a site by following units to all that a match in them determines, at several scales; where
     variables depend on each other by more than half."""
-    checked = check_activations(h, site)
+    checked, weights = check_activations(h, site), weights or getattr(h, "weights", "")
     if len(h) < 4*min(pools):
         raise ValueError(f"{len(h)} activations of {site} are fewer than {4*min(pools)}, four of the smallest pool: "
                          f"capture more")
@@ -214,9 +214,9 @@ def grow_partition(
     best, evidence = vote(white, tries, seed)
     subspaces = sorted(best[:-1], key=lambda b: -(b.T@white.cov@b).trace().item())
     bases = {f"s{i}": b for i, b in enumerate(subspaces)} | ({"rest": best[-1]} if best[-1].shape[1] else {})
-    verdict = f"{len(subspaces)} subspaces by growth, as {evidence['agree']} restarts have it"
+    said = Verdict("separated", len(subspaces), f"subspaces by growth, as {evidence['agree']} restarts have it")
     return Partition(bases, site, white.mean,
-                     dict(method="growth, ndm", seed=seed, **checked, weights=weights, pools=pools, verdict=verdict,
+                     dict(method="growth, ndm", seed=seed, **checked, weights=weights, pools=pools, **said.info,
                           cuts=[], **evidence))
 
 # %% ../nbs/02d_growth.ipynb #learn-partition
@@ -228,7 +228,8 @@ def learn_partition(
     """Find a partition by cuts; if no cut holds, by what components wrote, or by growth where that is not known or all
     the same."""
     p = find_partition(h, site, seed, weights, written, apart=bool(written))
-    if not p.info["verdict"].startswith("not separated") or "s1" in p.names: return p
+    if p.info["outcome"] != "not separated" or p.info["subspaces"] > 1: return p
     grown = grow_partition(h, site, seed, weights=weights)
     return Partition(grown.bases, site, grown.mean,
-                     grown.info | dict(verdict=f"{p.info['verdict']}; {grown.info['verdict']}"))
+                     grown.info | dict(outcome=p.info["outcome"],
+                                       verdict=f"{p.info['verdict']}; {grown.info['verdict']}"))

@@ -10,10 +10,11 @@ import copy, math
 
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .edges import Moments, check_partitions, identity
+from .edges import PartitionedModel, identity
 from .forward import Weights
 from .partition import Partition
 from .toy_models import Task
@@ -124,11 +125,12 @@ def _score(keep, layer, head, z, f, positions):
     "A head's attention scores from its kept blocks; `z` is what is read, in coordinates of the site."
     if (parts := keep.parts[f"L{layer}H{head}", "QK"]) is None: return z.new_zeros(len(z), z.shape[1], z.shape[1])
     (Q, bQ, K, bK), U = parts, keep.basis[keep.w.site(2*layer)]
-    q = torch.einsum("bpd,gde->bgpe", z, Q) + bQ[:, None]
-    k = torch.einsum("bpd,gde->bgpe", z if keep.mode == "zero" else z - f@U, K) + bK[:, None]
+    into = "batch pos d, group d d_head -> batch group pos d_head"
+    q = einsum(z, Q, into) + bQ[:, None]
+    k = einsum(z if keep.mode == "zero" else z - f@U, K, into) + bK[:, None]
     if keep.mode != "zero": k = k + (f@keep.w.heads[layer]["K"][head]).expand(*z.shape[:2], -1)[:, None]
     q, k = (keep.w.turn(o, positions[:, None]) for o in (q, k))
-    return torch.einsum("bgqe,bgke->bqk", q, k)
+    return einsum(q, k, "batch group query d_head, batch group key d_head -> batch query key")
 
 def _attention(keep, layer, x, positions):
     "What the kept blocks of a layer's heads add."
@@ -144,8 +146,10 @@ def _attention(keep, layer, x, positions):
         pattern = keep.w.softmax(_score(keep, layer, h, z, f, positions))
         out = out + (pattern@lost if keep.mode == "resample" else lost)@L["O"][h]
         if parts is None: continue
-        v = torch.einsum("bpd,gde->bgpe", z if keep.mode == "zero" else z - held@U, parts[0])
-        coordinates = coordinates + torch.einsum("bgqe,ged->bqd", pattern[:, None]@v, parts[1])
+        v = einsum(z if keep.mode == "zero" else z - held@U, parts[0],
+                   "batch pos d, group d d_head -> batch group pos d_head")
+        coordinates = coordinates + einsum(pattern[:, None]@v, parts[1],
+                                           "batch group pos d_head, group d_head d -> batch pos d")
     return out + coordinates@keep.basis[write].T
 
 def _mlp(keep, layer, x):
@@ -165,16 +169,15 @@ MODES = ("zero", "mean", "resample")
 class KeepOnly:
     """A model that runs only the kept blocks, for every input; in place of the others stands nothing, their mean, or
     another row's."""
-    def __init__(self, model:nn.Module, moments:Moments, partitions:dict[str, Partition],
+    def __init__(self, split:PartitionedModel,
                  kept:list[dict]|dict[tuple[str, str], Tensor], # Edges, or masks as `masks_of` gives, in [0, 1]
                  mode:str="zero", # What stands for what is not kept: "zero", "mean" or "resample"
                  frozen:bool=False, # Norms divide by their mean instead of the row's own
-                 layers:range|None=None, # Which layers are masked; all if not given
-    ):
+    ): # The layers that `split` looks at are masked, the others are whole
         if mode not in MODES: raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
-        self.m, self.w, self.mode, self.frozen = moments, moments.weights, mode, frozen
-        self.layers = range(self.w.cfg.n_layers) if layers is None else layers
-        self.partitions = check_partitions(model, partitions, self.layers)
+        self.m, self.w, self.mode, self.frozen = split.moments, split.weights, mode, frozen
+        self.layers = range(self.w.cfg.n_layers) if split.layers is None else split.layers
+        self.partitions = split.partitions
         self.basis = {s: p.basis for s, p in self.partitions.items()}
         self.group = {s: torch.repeat_interleave(torch.tensor(list(p.sizes.values())))
                       for s, p in self.partitions.items()}

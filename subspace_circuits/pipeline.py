@@ -14,7 +14,7 @@ from subspace_circuits.circuit_benchmark import key_grades, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit, to_graph
 from subspace_circuits.circuits import find_circuit
 from subspace_circuits.dependence import determination, subspace_information
-from subspace_circuits.edges import Moments
+from subspace_circuits.edges import Moments, PartitionedModel
 from subspace_circuits.explorer import readable
 from subspace_circuits.files import check, kind_of, left_over, read_json, remove, sha256, walk, write_json
 from subspace_circuits.forward import circuit_sites
@@ -53,8 +53,8 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
         store = capture(model, read_by(model, task), sites, out/"store", sequences=sequences_of(task), seed=seed)
     with clock("partition"): partitions = partition_sites(name, out, job)
     with clock("evidence"): evidence = write_evidence(out, store, partitions, task, known, seed)
-    with clock("circuit"): moments, edges, found = wire(out, model, task, partitions, seed)
-    with clock("keep-only"): scores = keep_only_scores(model, task, moments, partitions, edges)
+    with clock("circuit"): split, edges, found = wire(out, model, task, partitions, seed)
+    with clock("keep-only"): scores = keep_only_scores(split, task, edges)
     key = against_key(known, partitions, edges, found) if known else {}
     write_metrics(out, model, task, evidence, scores, circuit_counts(edges, found), key, clock.seconds, seed)
     write_json(out/"config.json", job | dict(rows=len(store), settings=dict(price=found["price"])), "run")
@@ -220,9 +220,9 @@ def control_job(name: str, out: str, seed: int):
     folder, sites = Path(out)/"control", run_sites(model, known)
     store = capture(model, read_by(model, task), sites, folder, shards=3, sequences=sequences_of(task), seed=seed)
     partitions = {o: grow_partition(store[o][site_rows(store, o, known)], o, seed, pools=(256, 1024)) for o in sites}
-    moments = Moments(model, task, seed=seed)
-    edges, _ = find_circuit(model, task, moments, partitions, seed=seed)
-    keep = KeepOnly(model, moments, partitions, edges)
+    split = PartitionedModel(Moments(model, task, seed=seed), partitions)
+    edges, _ = find_circuit(split, task, seed=seed)
+    keep = KeepOnly(split, edges)
     result = dict(n_edges=len(edges), n_significant=significant(edges),
                   accuracy={k: accuracy(keep, *test, n=100) for k, test in trials(task, model.cfg.n_ctx).items()})
     remove(folder, STORE)
@@ -263,21 +263,19 @@ def site_evidence(store: ActivationStore, p: Partition, task: Task, key: KnownCi
                               mutual_information_null=mi_null)))
 
 
-def wire(out: Path, model, task, partitions: dict, seed: int) -> tuple[Moments, list, dict]:
-    "Find the circuit between partitions and write its graph; the moments, the edges, and how they were chosen."
-    moments = Moments(model, task, seed=seed)
-    edges, found = find_circuit(model, task, moments, partitions, seed=seed)
-    graph = add_examples(to_graph(model, moments, partitions, edges, found), model, task, partitions, seed=seed)
-    save_circuit(graph, out/"circuit.json")
-    return moments, edges, found
+def wire(out: Path, model, task, partitions: dict, seed: int) -> tuple[PartitionedModel, list, dict]:
+    "Find the circuit between partitions and write its graph; the model with both, the edges, and how they were chosen."
+    split = PartitionedModel(Moments(model, task, seed=seed), partitions)
+    edges, found = find_circuit(split, task, seed=seed)
+    save_circuit(add_examples(to_graph(split, edges, found), split, task, seed=seed), out/"circuit.json")
+    return split, edges, found
 
 
-def keep_only_scores(model, task, moments, partitions: dict, edges: list) -> dict:
+def keep_only_scores(split: PartitionedModel, task, edges: list) -> dict:
     """Accuracy of the model, of the keep-only model and of none, on what was trained and on what was not; KL of the
     keep-only model."""
-    models = dict(full=model, keep_only=KeepOnly(model, moments, partitions, edges),
-                  null=KeepOnly(model, moments, partitions, []))
-    tests = trials(task, model.cfg.n_ctx)
+    model, tests = split.model, trials(task, split.model.cfg.n_ctx)
+    models = dict(full=model, keep_only=KeepOnly(split, edges), null=KeepOnly(split, []))
     scores = {k: {name: accuracy(o, *test, n=300, seed=5) for name, test in tests.items()} for k, o in models.items()}
     return dict(accuracy=scores, kl={k: divergence(model, models[k], task, seed=5) for k in ("keep_only", "null")})
 

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import ActivationStore, AllRead, as_float, given, one_writer, read_sites
+from .activations import (
+    ActivationStore, AllRead, as_float, check_origin, given, one_writer, read_sites)
 from .files import check, comment, damaged, mark, owned, read_json, replacing, sha256, write_json
 from .neighbors import exact_faiss, nearest_neighbors
 from .partition import Partition
@@ -235,6 +236,7 @@ class Index:
 
     def coordinates(self, h:Float[Tensor, "... d_model"])->Float[Tensor, "... k"]:
         "Coordinates of activations, about the partition's mean."
+        check_origin(h, self.site, len(self.mean), self.subspace.weights)
         return self.subspace.coordinates(h - self.mean)
 
     @cached_property

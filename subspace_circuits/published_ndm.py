@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .activations import ranks
+from .activations import check_origin, ranks
 from .files import read_tensors, write_tensors
 from .neighbors import nearest_neighbors
 from .partition import Partition
@@ -232,6 +232,7 @@ def _crc(h): return zlib.crc32(h[::max(1, len(h)//1000)].float().cpu().contiguou
 def _check_job(h, job):
     "Refuse what cannot be run."
     n, d, batch, pool = *h.shape, job["batch"], job["pool"]
+    if "site" in job: check_origin(h, job["site"], d)
     if job["metric"] not in ("euclidean", "cosine"):
         raise ValueError(f"unknown metric {job['metric']!r}: use 'euclidean' or 'cosine'")
     if job["metric"] == "cosine" and job.get("remix_interval"):
@@ -302,7 +303,7 @@ def split_ndm(
     "Find subspaces by splitting, best cut first (arXiv 2508.01916)."
     generator, history, done, todo = torch.Generator().manual_seed(seed), [], [], [torch.eye(h.shape[1])]
     job = dict(pool=pool, batch=batch, seed=seed, metric="euclidean", unit=1)
-    _check_job(h, job)
+    _check_job(h, job | dict(site=site))
     while todo:
         block = todo.pop(0)
         sizes = sorted({p*(i + 1)//(cuts + 1) for p in [block.shape[1]] for i in range(cuts)})
@@ -359,6 +360,7 @@ def minimax(
     basis:Float[Tensor, "d d"]|None=None, # Where to start; the identity if not given
 )->Partition: # `info`: the adversary's loss, and `share`, its late mean over what it is if nothing is shared
     "Train a basis against an adversary that looks for what its blocks share (arXiv 2508.01916)."
+    check_origin(h, site, h.shape[1])
     if sum(sizes) != h.shape[1]:
         raise ValueError(f"sizes {sizes} add up to {sum(sizes)}, the site has {h.shape[1]} dimensions: give sizes "
                          f"that add up to it")

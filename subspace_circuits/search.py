@@ -17,6 +17,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from scipy.linalg import eigh
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from .dependence import (
     LIMITS, Shared, block_entropy, exclusions, from_silence, information_shares, match_shares, matched,
     matched_information, predicted_share, shared, whiten)
 from .neighbors import nearest
-from .partition import Partition, check_activations, complement, noise_floor, orthonormal
+from .partition import (
+    Partition, Verdict, check_activations, complement, noise_floor, orthonormal)
 from .toy_models import Batch
 
 # %% ../nbs/02c_search.ipynb #settings
@@ -163,7 +165,7 @@ def propose_cuts(
     if d > 2:
         e, X = commuting(C, min(6, d*(d + 1)//2 - 3), generator, dense=80)
         weights = torch.randn(6, len(X), generator=generator, dtype=C.dtype)*(e[0]/e).to(C)
-        X = torch.cat([X.to(C), torch.einsum("mk,kab->mab", weights, X.to(C))])
+        X = torch.cat([X.to(C), einsum(weights, X.to(C), "mixture k, k row col -> mixture row col")])
     else: X = C[:3]
     for U in torch.linalg.eigh(X)[1]:
         cuts += [Cut(U[:, :i].float(), U[:, i:].float(), o)
@@ -618,7 +620,7 @@ def find_partition(
     h:Float[Tensor, "row d_model"], # Activations of a site, any float type
     site:str, # Its hook name
     seed:int=0,
-    weights:str="", # Fingerprint of the model, kept in the partition
+    weights:str="", # Fingerprint of the model, kept in the partition; what the rows know of it if not given
     written:dict[str, Wrote]|None=None, # What each component wrote, from `written`, if the model is at hand
     apart:bool=False, # What to return where all is joined: one block, or what each component wrote, cut by itself
     settings:Search=SEARCH, # Thresholds
@@ -628,6 +630,7 @@ def find_partition(
         raise ValueError("apart=True without written: what is all joined has no other parts than those of components; "
                          "pass written, or leave apart")
     checked, start = check_activations(h, site, settings.rows), time.perf_counter()
+    weights = weights or getattr(h, "weights", "")
     h, generator = h.float(), torch.Generator().manual_seed(seed)
     for share in (settings.floor, settings.raised)[:1 if written else 2]:
         rows = SiteRows(h, generator, share, written, settings)
@@ -644,7 +647,7 @@ def find_partition(
         parts, between = join_pieces(begun, pieces, generator.set_state(state), math.inf)
     order = sorted(range(len(parts)), key=lambda i: -((h - rows.mean)@parts[i]).square().sum().item())
     about = dict(method="closed form, ndm" + ", writers"*bool(written), seed=seed, weights=weights, **checked,
-                 verdict=_verdict(len(h), checked["distinct"], rows.x.shape[1], len(parts), few, all_joined),
+                 **_verdict(len(h), checked["distinct"], rows.x.shape[1], len(parts), few, all_joined).info,
                  floor=rows.floor, cuts=cuts, shared=[[round(between[i, j].item(), 3) for j in order] for i in order])
     p = _as_partition(site, rows, [parts[i] for i in order], written, about)
     some = h[torch.randperm(len(h), generator=generator)[:2000]]
@@ -653,12 +656,12 @@ def find_partition(
 
 # %% ../nbs/02c_search.ipynb #as-partition
 def _verdict(rows, distinct, d, n, few, all_joined):
-    "Why there are so many subspaces, or none, in one sentence."
-    if few: return f"not identified: {distinct} different rows in {d} dimensions"
-    if n == 0: return f"not identified: Gaussian, as far as {rows} rows show"
-    if not all_joined: return f"{n} subspaces"
-    return ("not separated: every cut leaves sides that share too much"
-            + f"; {n} subspaces by what components wrote"*(n > 1))
+    "Why there are so many subspaces, or none."
+    if few: return Verdict("not identified", n, f"{distinct} different rows in {d} dimensions")
+    if n == 0: return Verdict("not identified", n, f"Gaussian, as far as {rows} rows show")
+    if not all_joined: return Verdict("separated", n)
+    remarks = (f"{n} subspaces by what components wrote",)*(n > 1)
+    return Verdict("not separated", n, "every cut leaves sides that share too much", remarks)
 
 def _as_partition(site, rows, parts, written, info):
     "Name the subspaces, the largest variance first, and say which components wrote into each."

@@ -24,7 +24,7 @@ from .evaluation import (
 from .figures import heatmaps
 from .files import check_free, owned, read_json, remove, write_json, write_text
 from .models import open_model
-from .partition import Partition
+from .partition import Partition, check_learned_on
 from .stability import baseline_partition
 from .tasks import IndirectObject
 from .text import encode_text, open_planted, start_id
@@ -231,6 +231,7 @@ def _of_layer(model, partitions, test, layer):
     if len(partition.basis) != model.cfg.d_model:
         raise ValueError(f"the partition of {site} is {len(partition.basis)} wide, this model {model.cfg.d_model}: "
                          f"pass a partition of this model")
+    check_learned_on(model, {site: partition})
     return partition
 
 # %% ../nbs/02h_suites.ipynb #site-rows
@@ -407,6 +408,7 @@ def knowledge_conflict(
     if len(partition.basis) != model.cfg.d_model:
         raise ValueError(f"the partition of {partition.site} is {len(partition.basis)} wide, this model "
                          f"{model.cfg.d_model}: pass a partition of this model")
+    check_learned_on(model, {partition.site: partition})
     pairs = conflict_pairs(model, tokenizer, facts, n, torch.Generator().manual_seed(seed))
     found = {k: interchange(model, v, patches_of(partition), rows, folder and Path(folder)/f"{k}.safetensors")
              for k, v in pairs.items()}
@@ -445,6 +447,7 @@ def partition_information(
     if h.shape[1] != len(partition.basis):
         raise ValueError(f"activations of width {h.shape[1]} do not belong to the partition of {partition.site}, "
                          f"{len(partition.basis)} wide: pass rows of its site")
+    partition.check(h)
     sizes = list(partition.sizes.values())
     cuts = ({"trained": partition}
             | {o: baseline_partition(h, partition.site, sizes, o, seed) for o in ("identity", "random")})

@@ -11,7 +11,7 @@ from subspace_circuits.circuit_benchmark import (
     compare_random, composition, forms, found_key, grade, key_grade, read_grades, reported, trace_run,
     in_random_order, summary_of_learners, summary_of_methods)
 from subspace_circuits.forward import Weights, read_site, write_site
-from subspace_circuits.edges import Moments, identity, score_edges
+from subspace_circuits.edges import Moments, PartitionedModel, identity, score_edges
 from subspace_circuits.known_circuits import DECOYS, key_values
 from subspace_circuits.circuit_families import FAMILIES, plant
 from subspace_circuits.partition import Partition, Strict, isolation, same_by_value
@@ -25,23 +25,23 @@ def one_thread(): torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def fixture():
     known = plant("two_circuits", seed=3, certified=False)
-    return known, Moments(known.model, known.task, n=60), planted_partitions(known)
+    return known, PartitionedModel(Moments(known.model, known.task, n=60), planted_partitions(known))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_scores_the_same_edges(fixture, name):
-    known, moments, partitions = fixture
-    scores = METHODS[name](known.model, known.task, moments, partitions, 0)
-    want = {identity(o) for o in score_edges(known.model, moments, partitions, 8) if o["type"] in ("QK", "OV", "MLP")}
+    known, split = fixture
+    scores = METHODS[name](split, known.task, 0)
+    want = {identity(o) for o in score_edges(split, 8) if o["type"] in ("QK", "OV", "MLP")}
     assert {k for k in scores if k[1] in ("QK", "OV", "MLP")} == want
     assert all(math.isfinite(o) for o in scores.values()) and len(set(scores.values())) > 10
-    if name != "single ablation": assert scores == METHODS[name](known.model, known.task, moments, partitions, 0)
+    if name != "single ablation": assert scores == METHODS[name](split, known.task, 0)
 
 
 def test_raw_weights_are_those_of_the_engine(fixture):
-    known, moments, partitions = fixture
-    scores = METHODS["virtual weights"](known.model, known.task, moments, partitions, 0)
-    for o in score_edges(known.model, moments, partitions, 8):
+    known, split = fixture
+    scores = METHODS["virtual weights"](split, known.task, 0)
+    for o in score_edges(split, 8):
         if o["type"] in ("QK", "OV", "MLP"):
             assert scores[identity(o)] == pytest.approx(o["data_free"], rel=1e-4, abs=1e-8)
 
@@ -57,12 +57,12 @@ def test_runs_are_the_model(norm):
 
 
 def test_composition_ignores_sizes_of_maps(fixture):
-    known, moments, partitions = fixture
-    before = composition(known.model, known.task, moments, partitions, 0)
-    kept = [dict(o) for o in moments.weights.heads]
-    moments.weights.heads[0]["Q"], moments.weights.heads[0]["O"] = 5*kept[0]["Q"], 3*kept[0]["O"]
-    after = composition(known.model, known.task, moments, partitions, 0)
-    moments.weights.heads[0].update(kept[0])
+    known, split = fixture
+    before = composition(split, known.task, 0)
+    kept = [dict(o) for o in split.weights.heads]
+    split.weights.heads[0]["Q"], split.weights.heads[0]["O"] = 5*kept[0]["Q"], 3*kept[0]["O"]
+    after = composition(split, known.task, 0)
+    split.weights.heads[0].update(kept[0])
     for k, v in before.items():
         if k[2] != "bias": assert after[k] == pytest.approx(v, rel=1e-3, abs=1e-7)
     assert max(before.values()) <= 1 + 1e-6

@@ -5,7 +5,7 @@ import networkx as nx
 import pytest
 import torch
 
-from subspace_circuits.activations import given
+from subspace_circuits.activations import fingerprint, given
 from subspace_circuits.edges import planted_partitions
 from subspace_circuits.circuit_graph import (
     add_examples, circuit_figure, diff_circuits, diff_figure, edge_rows, layout, read_circuit,
@@ -13,7 +13,7 @@ from subspace_circuits.circuit_graph import (
 from subspace_circuits.forward import Weights, circuit_sites, read_site, write_site
 from subspace_circuits.circuits import compositions, find_circuit, jaccard, keep_edges, links, paths, trim
 from subspace_circuits.edges import (
-    Moments, check_partitions, haar_mean, identity, living, ov_energy, qk_energy, score_edges)
+    Moments, PartitionedModel, check_partitions, haar_mean, identity, living, ov_energy, qk_energy, score_edges)
 from subspace_circuits.keep_only import Judge, KeepOnly, MODES
 from subspace_circuits.circuit_graph import to_graph
 from subspace_circuits.known_circuits import null_model
@@ -58,20 +58,15 @@ def cut(net, seed=0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_everything_kept_is_the_model(shape):
     net = model_of(shape)
-    moments, partitions = Moments(net, Noise(), n=20), cut(net)
-    edges, batch = score_edges(net, moments, partitions,
-                               draws=16), Noise().sample(4, generator=torch.Generator().manual_seed(1))
+    split = PartitionedModel(Moments(net, Noise(), n=20), cut(net))
+    edges, batch = score_edges(split, draws=16), Noise().sample(4, generator=torch.Generator().manual_seed(1))
     want = net(batch.tokens, position_ids=batch.positions)
     for mode in MODES:
-        assert (KeepOnly(net, moments, partitions, edges, mode)(batch.tokens, batch.positions)
-                - want).abs().max() < 1e-3
+        assert (KeepOnly(split, edges, mode)(batch.tokens, batch.positions) - want).abs().max() < 1e-3
     assert all(math.isfinite(o[k]) for o in edges for k in ("score", "data_free", "enrichment", "p")
                if o.get(k) is not None)
-    part = KeepOnly(net, moments, partitions, edges[2::4])
-    assert torch.allclose(part(batch.tokens, batch.positions),
-                          KeepOnly(net, moments, partitions, edges[::2]).without(edges[::4])(batch.tokens,
-                                                                                             batch.positions),
-                                                                                             atol=1e-4)
+    part, less = KeepOnly(split, edges[2::4]), KeepOnly(split, edges[::2]).without(edges[::4])
+    assert torch.allclose(part(batch.tokens, batch.positions), less(batch.tokens, batch.positions), atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -102,7 +97,8 @@ def test_joint_rotation_of_stream_and_subspaces(norm):
         elif ".o." in k: v.data = v.data@R
     p = cut(net)
     turned = {s: Partition({k: R.T@u for k, u in o.bases.items()}, s) for s, o in p.items()}
-    one, two = (score_edges(n, Moments(n, Noise(), n=20), q, draws=16) for n, q in ((net, p), (twin, turned)))
+    one, two = (score_edges(PartitionedModel(Moments(n, Noise(), n=20), q), draws=16)
+                for n, q in ((net, p), (twin, turned)))
     for a, b in zip(one, two):
         assert identity(a) == identity(b) and abs(a["score"] - b["score"]) <= 1e-3*abs(a["score"]) + 1e-6
 
@@ -120,21 +116,22 @@ def test_exact_mean_over_rotations():
 @pytest.mark.parametrize("family", ["histogram", "modular_addition"])
 def test_planted_circuit_is_found(family):
     known = plant(family, seed=4, certified=False)
-    moments, partitions = Moments(known.model, known.task, n=100), planted_partitions(known)
-    kept, info = find_circuit(known.model, known.task, moments, partitions)
+    split = PartitionedModel(Moments(known.model, known.task, n=100), planted_partitions(known))
+    kept, info = find_circuit(split, known.task)
     inner = {identity(o) for o in kept if o["type"] in ("QK", "OV", "MLP")}
     assert inner == {identity(o) for o in known.edges} and min(o["necessity"] for o in kept) >= info["price"]
-    assert accuracy(KeepOnly(known.model, moments, partitions, kept), known.task, n=100) >= .99
-    assert paths(compositions(kept, links(moments, partitions)))
-    assert "logits" in to_graph(known.model, moments, partitions, kept)
-    again = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100, seed=9), partitions,
-                         seed=9)[0]
+    assert accuracy(KeepOnly(split, kept), known.task, n=100) >= .99
+    assert paths(compositions(kept, links(split)))
+    assert "logits" in to_graph(split, kept)
+    other = PartitionedModel(Moments(known.model, known.task, n=100, seed=9), split.partitions)
+    again = find_circuit(other, known.task, seed=9)[0]
     assert jaccard(kept, again) == 1
 
 
 def test_rotary_circuit_is_found():
     known = plant("induction", rotary=True, certified=False)
-    kept, _ = find_circuit(known.model, known.task, Moments(known.model, known.task, n=100), planted_partitions(known))
+    split = PartitionedModel(Moments(known.model, known.task, n=100), planted_partitions(known))
+    kept, _ = find_circuit(split, known.task)
     assert {identity(o) for o in kept if o["type"] in ("QK", "OV")} == {identity(o) for o in known.edges}
 
 
@@ -143,9 +140,9 @@ def test_random_models_are_silent(kind):
     known = plant("modular_addition", certified=False)
     for seed in range(3):
         net = null_model(known.model, kind, seed)
-        moments = Moments(net, known.task, n=60)
-        assert living(score_edges(net, moments, planted_partitions(known), seed=seed + 50)) == set()
-    assert find_circuit(net, known.task, moments, planted_partitions(known))[0] == []
+        split = PartitionedModel(Moments(net, known.task, n=60), planted_partitions(known, net))
+        assert living(score_edges(split, seed=seed + 50)) == set()
+    assert find_circuit(split, known.task)[0] == []
 
 
 def test_trim_and_budget():
@@ -163,7 +160,7 @@ def test_trim_and_budget():
 
 def test_refusals():
     net = model_of("layer norm")
-    moments, p = Moments(net, Noise(), n=20), cut(net)
+    p = cut(net)
     for o in circuit_sites(net)[:-1]:
         with pytest.raises(ValueError, match=f"no partition of {o}"):
             check_partitions(net, {k: v for k, v in p.items() if k != o})
@@ -171,8 +168,10 @@ def test_refusals():
         check_partitions(net, p | {read_site(0): Partition(p[read_site(0)].bases, read_site(0),
                                                            info=dict(weights="a"*64))})
     with pytest.raises(ValueError, match="at least 64 are needed"): Moments(net, Noise(), n=5)
-    with pytest.raises(ValueError, match="these moments are of another model"):
-        score_edges(model_of("layer norm"), moments, p)
+    known, other = (plant("induction", seed=o, certified=False) for o in (0, 1))
+    with pytest.raises(ValueError, match=f"learned on a model with weights {fingerprint(known.model)[:8]}…, these are "
+                                         f"{fingerprint(other.model)[:8]}…: learn one on this model"):
+        PartitionedModel(Moments(other.model, other.task, n=60), planted_partitions(known))
     capped = copy.deepcopy(net)
     capped.original_model.output_logits_soft_cap = 1.
     with pytest.raises(ValueError, match="does not answer as its weights say"): Weights(capped)
@@ -182,7 +181,8 @@ def test_judge_counts_only_what_right_answers_lose():
     known = plant("histogram", certified=False)
     judge = Judge(known.model, known.task)
     assert judge(known.model) < 1e-5 and abs(judge.mean(known.model)) < 1e-6
-    assert judge(KeepOnly(known.model, Moments(known.model, known.task, n=60), planted_partitions(known), [])) > 1
+    split = PartitionedModel(Moments(known.model, known.task, n=60), planted_partitions(known))
+    assert judge(KeepOnly(split, [])) > 1
 
 
 @pytest.fixture(scope="module", params=["layer norm", "attention only"])
@@ -192,10 +192,10 @@ def drawn(request):
     net = model_of(request.param)
     p, site = cut(net), read_site(0)
     p[site] = Partition({"<b>&s0" if k == "s0" else k: v for k, v in p[site].bases.items()}, site)
-    moments = Moments(net, Noise(), n=20)
-    edges = score_edges(net, moments, p, draws=16)
+    split = PartitionedModel(Moments(net, Noise(), n=20), p)
+    edges = score_edges(split, draws=16)
     edges = [o | dict(sign=-1 if i % 2 else 1, necessity=.1*i) for i, o in enumerate(edges[::len(edges)//64][:64])]
-    return add_examples(to_graph(net, moments, p, edges), net, Noise(), p, n=5), edges
+    return add_examples(to_graph(split, edges), split, Noise(), n=5), edges
 
 
 def test_exchange(drawn, tmp_path):
@@ -279,12 +279,12 @@ def test_written_once(tmp_path):
 def test_same_circuit_in_every_process():
     "Sums run in a fixed order: another order of sets, as another hash seed makes, changes no bit."
     script = ("import torch; torch.set_num_threads(1)\n"
-              "from subspace_circuits.edges import Moments, planted_partitions, score_edges\n"
+              "from subspace_circuits.edges import Moments, PartitionedModel, planted_partitions, score_edges\n"
               "from subspace_circuits.keep_only import KeepOnly\n"
               "from subspace_circuits.circuit_families import plant\n"
               "known = plant('induction', certified=False)\n"
-              "parts, moments = planted_partitions(known), Moments(known.model, known.task, n=30)\n"
-              "keep = KeepOnly(known.model, moments, parts, score_edges(known.model, moments, parts, draws=16))\n"
+              "split = PartitionedModel(Moments(known.model, known.task, n=30), planted_partitions(known))\n"
+              "keep = KeepOnly(split, score_edges(split, draws=16))\n"
               "batch = known.task.sample(5, generator=torch.Generator().manual_seed(0))\n"
               "print(keep(batch.tokens, position_ids=batch.positions).double().sum().item().hex())")
     said = {subprocess.run([sys.executable, "-c", script], env=os.environ | dict(PYTHONHASHSEED=o),

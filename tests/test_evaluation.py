@@ -1,6 +1,5 @@
 "What a patch must and must not do, on models of every kind it is made for, and what is refused."
 import json, subprocess, sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from subspace_circuits.suites import (
     IOI_TESTS, SUITES, WORDS, conflict_pairs, evaluate, gini_coefficients, ioi_pairs,
     knowledge_conflict, known_facts, known_tests, partition_information, read_facts, read_partitions,
     save_small_gpt2, single_token, suite, year_pairs)
-from subspace_circuits.files import read_json
+from subspace_circuits.files import of_others, read_json
 from subspace_circuits.circuit_families import plant
 from subspace_circuits.partition import Partition
 from subspace_circuits.toy_models import load_model
@@ -185,8 +184,8 @@ def test_published_layers_and_resume(small, tmp_path):
 
 
 def test_published_gini_coefficients():
-    file = Path(__file__).resolve().parents[2]/"shared"/"published"/"ndm_gpt2_effects.json"
-    if not file.exists(): pytest.skip("the published effects are not here")
+    file = of_others("published/ndm_gpt2_effects.json")
+    if not file.exists(): pytest.skip(f"the published effects are not here: no {file}")
     logged = [o for t in json.loads(file.read_text())["tests"].values() for o in t.values()]
     gaps = [abs(v - o["gini"][k]) for o in logged
             for k, v in gini_coefficients(o["effect"], o["partition"], o["variance"]).items()]

@@ -1,7 +1,6 @@
 """Models made by others, opened from their files: they compute what their authors' code computes and score what was
 published."""
 import math, os, shutil, struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +8,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from subspace_circuits.activations import batch_rows, capture, check_model, check_sites, fingerprint, given
+from subspace_circuits.files import of_others
 from subspace_circuits.models import PieceTokenizer, open_model
 from subspace_circuits.text import Samples, generate
 from subspace_circuits.toy_models import Batch, Tokenizer, UniqueCopy, accuracy, attention, load_model, save_model
 
-models = Path(__file__).resolve().parents[2]/"shared"/"models"
+models = of_others("models")
 needs_models = pytest.mark.skipif(not models.exists(),
-                                  reason="models of others are not here: ../shared/models is absent")
+                                  reason=f"models of others are not here: no {models}")
 copying, stories, modular = models/"decompiling_transformers", models/"stories260K", models/"modular_addition_113"
 
 # accuracy at list lengths 0-50, 51-100, 101-150 as published, out of 2000;

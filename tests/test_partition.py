@@ -2,7 +2,6 @@
 line; what is unusual and right is not."""
 import json, math, os, pickle
 from contextlib import contextmanager
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,11 +10,23 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
 from subspace_circuits import partition
-from subspace_circuits.partition import Partition, check_activations, compare, distinct_rows, read_published
-from subspace_circuits.dependence import block_entropy
+from subspace_circuits.activations import batch_rows, capture, fingerprint
+from subspace_circuits.circuit_families import plant
+from subspace_circuits.closed_form import closed_form
+from subspace_circuits.dependence import block_entropy, determination, subspace_information
+from subspace_circuits.edges import planted_partitions
+from subspace_circuits.evaluation import carries, copy_tests
+from subspace_circuits.files import of_others
+from subspace_circuits.forward import circuit_sites
+from subspace_circuits.growth import grow_partition, learn_partition
+from subspace_circuits.partition import (
+    Partition, check_activations, compare, distinct_rows, isolation, name_subspaces, read_published, variable_shares)
+from subspace_circuits.published_ndm import split_ndm
+from subspace_circuits.search import find_partition
 from subspace_circuits.stability import baseline_partition, group_components, stability
+from subspace_circuits.suites import knowledge_conflict, partition_information, suite
 
-published = Path(__file__).resolve().parents[2]/"shared"/"published"/"ndm_gpt2"
+published = of_others("published/ndm_gpt2")
 key = "R.parametrizations.weight.0.base"
 kinds = ["identity", "random", "pca", "pca ascending", "ica"]
 
@@ -186,7 +197,7 @@ def test_half_precision_is_mended_and_said(tmp_path):
     assert compare(p, cut(rotation(64), [32, 32], p.site)).mean > .9999
 
 
-@pytest.mark.skipif(not published.exists(), reason="published matrices are not here: ../shared/published is absent")
+@pytest.mark.skipif(not published.exists(), reason=f"published matrices are not here: no {published}")
 @pytest.mark.parametrize("site", ["x4", "x6", "x8", "x9"])
 def test_matrices_of_gpt2(site):
     p = read_published(published/f"R-gpt2-{site}.post.pt")
@@ -378,3 +389,59 @@ def test_ica_of_a_coin_ends():
     assert p.sizes == {"s0": 3, "s1": 3}
     with pytest.raises(ValueError, match="the dependence of 4 components is not finite everywhere"):
         group_components(torch.full((4, 4), math.nan), [2, 2], g)
+
+
+# whose activations, whose model
+
+@pytest.fixture(scope="module")
+def planted(): return plant("induction", certified=False)
+
+
+def test_activations_of_another_site_are_refused_by_name(planted, tmp_path):
+    "Of equal width, from a store or from `batch_rows`, by whatever takes rows with a partition or a site."
+    here, there = circuit_sites(planted.model)[:2]
+    p = planted_partitions(planted)[here]
+    store = capture(planted.model, planted.task, [here, there], tmp_path/"store", shards=2)
+    rows = batch_rows(planted.model, planted.task.sample(200, generator=seeded()), [here, there])
+    labels = {"token": rows["token"].long()}
+    takes = [p.split, p.check, p["token"].coordinates, p["token"].project, lambda h: p["token"].patch(h, h + 0),
+             lambda h: p["token"].patch(h + 0, h), lambda h: variable_shares(p, h, labels),
+             lambda h: name_subspaces(p, h, labels), lambda h: determination(p, h, seeded()),
+             lambda h: subspace_information(p, h, seeded()), lambda h: block_entropy(p, h),
+             lambda h: partition_information(p, h), lambda h: check_activations(h, here),
+             lambda h: find_partition(h, here), lambda h: learn_partition(h, here), lambda h: grow_partition(h, here),
+             lambda h: closed_form(h, here), lambda h: baseline_partition(h, here, [34, 34], "pca"),
+             lambda h: stability(h, here, find_partition), lambda h: split_ndm(h, here, pool=64)]
+    said = f"activations of {there} do not belong to {here}, although both are 68 wide: read them at {here}"
+    for h in (store[there], store.rows(there, range(2000)), rows[there], rows[there][5:].double()):
+        for take in takes:
+            with pytest.raises(ValueError) as e: take(h)
+            assert str(e.value) == said
+    assert p.split(store[here][:5]).keys() == p.split(rows[here][:5]).keys() == p.bases.keys()
+
+
+def test_partitions_of_another_model_are_refused_by_name(planted, tmp_path):
+    "By whatever takes a model with partitions; rows of a store say which model a partition is of."
+    other, site = plant("induction", seed=1, certified=False), circuit_sites(planted.model)[1]
+    p, tests = planted_partitions(planted)[site], copy_tests(other.task.sample(50, generator=seeded()), seeded())
+    ours, theirs = fingerprint(other.model), fingerprint(planted.model)
+    last = Partition(p.bases, "blocks.1.hook_resid_post", info=p.info)
+    takes = [lambda: carries(other.model, p, "token", tests, "token"), lambda: isolation(other, {site: p}),
+             lambda: knowledge_conflict(other.model, None, None, p),
+             lambda: suite(other.model, None, "greater-than", {last.site: last}, layers={"test4": 1})]
+    for take in takes:
+        with refused("the partition of blocks.", f"was learned on a model with weights {theirs[:8]}…, these are "
+                                                 f"{ours[:8]}…: learn one on this model"): take()
+    store = capture(other.model, other.task, [site], tmp_path/"store", shards=2)
+    with refused(f"activations of a model with weights {ours[:8]}… do not belong to one with weights {theirs[:8]}…: "
+                 f"read them from that model"): p.split(store[site][:5])
+    assert baseline_partition(store[site], site, [34, 34], "random").weights == ""
+    assert closed_form(store[site], site).weights == ours
+
+
+def test_a_saved_partition_says_of_which_model_it_is(planted, tmp_path):
+    site = circuit_sites(planted.model)[0]
+    planted_partitions(planted)[site].save_pretrained(tmp_path/"p")
+    meta = json.loads((tmp_path/"p/partition.json").read_text())
+    assert meta["model"] == fingerprint(planted.model)
+    assert Partition.from_pretrained(tmp_path/"p").weights == fingerprint(planted.model)

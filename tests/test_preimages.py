@@ -1,6 +1,5 @@
 "Indexes and attribution: what they promise on stores and models of any kind."
 import json, math, shutil, unicodedata
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -18,10 +17,11 @@ from subspace_circuits.preimages import (
     Index, attribute, build_indexes, document_rows, mean_embedding, search_index, sequences,
     similarities, similarity_histogram, within)
 from subspace_circuits.explorer import Explorer, readable
+from subspace_circuits.files import of_others
 from subspace_circuits.toy_models import load_model
 
 mid = "blocks.0.hook_resid_mid"
-stories = Path(__file__).resolve().parent.parent.parent/"shared/models/stories260K"
+stories = of_others("models/stories260K")
 
 
 def cut(d, site, sizes, mean=None, seed=0):
@@ -235,7 +235,7 @@ def test_texts_come_back(packed, tmp_path):
 
 
 def test_every_token_is_readable():
-    if not stories.exists(): pytest.skip("../shared/models/stories260K is not here")
+    if not stories.exists(): pytest.skip(f"{stories} is not here")
     tokenizer = open_model(stories)[1]
     shown = [readable(tokenizer, o) for o in range(len(tokenizer))]
     assert all(shown) and not [o for o in "".join(shown) if unicodedata.category(o)[0] == "C"]
@@ -243,7 +243,7 @@ def test_every_token_is_readable():
 
 
 def test_a_language_model(tmp_path):
-    if not stories.exists(): pytest.skip("../shared/models/stories260K is not here")
+    if not stories.exists(): pytest.skip(f"{stories} is not here")
     model, tokenizer = open_model(stories)
     site = "blocks.2.hook_resid_post"
     (tmp_path/"text.txt").write_text((stories/"tinystories_sample.txt").read_text())

@@ -11,7 +11,7 @@ from subspace_circuits.toy_models import UniqueCopy, n_threads, new_model
 from subspace_circuits.forward import circuit_sites
 from subspace_circuits.circuit_families import FAMILIES
 from subspace_circuits.partition import Partition
-from subspace_circuits.edges import Moments, score_edges
+from subspace_circuits.edges import Moments, PartitionedModel, score_edges
 from subspace_circuits.circuit_benchmark import (
     COLUMNS, LEARNERS, METHODS, OTHER_LIMITS, circuit, compare_methods, compare_random,
     summary_of_learners, summary_of_methods)
@@ -29,8 +29,9 @@ def scoring_cost(
         moments = Moments(model, UniqueCopy(vocabulary), n=50, lengths=(20, 30))
         turn = torch.linalg.qr(torch.randn(d_model, d_model, generator=torch.Generator().manual_seed(0)))[0]
         bases = {f"s{i}": b for i, b in enumerate(turn.tensor_split(subspaces, 1))}
-        partitions, start = {s: Partition(bases, s) for s in circuit_sites(model)}, time.perf_counter()
-        score_edges(model, moments, partitions)
+        split = PartitionedModel(moments, {s: Partition(bases, s) for s in circuit_sites(model)})
+        start = time.perf_counter()
+        score_edges(split)
         seconds = time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024 # Bytes of `ru_maxrss`
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*unit/1e9

@@ -30,7 +30,7 @@ def _toy_results(name, toys, rows, seed):
             done += 1
             found = closed_form(data.sample(rows, torch.Generator().manual_seed(seed))@w, name, seed)
             bases = [b for k, b in found.bases.items() if k != "rest"]
-            solved = (found.info["verdict"].startswith("not separated") if groups is None else len(bases) == len(groups)
+            solved = (found.info["outcome"] == "not separated" if groups is None else len(bases) == len(groups)
                       and min(match_overlap(groups, bases)) > .99)
             yield solved, found.info["seconds"]
 
