@@ -43,7 +43,7 @@ class PlaneLimits(NamedTuple):
     trim: float = .001    # Share of points beyond the last bins
     each: int = 4         # Points for each cell: with fewer, what is subtracted as bias exceeds a tenth of a bit
     epsilon: float = .1   # Half-width of a mixture's strip, in root mean squares, as published
-    directions: int = 60  # Of the strip in a half turn, 3° apart: a strip is about 6° wide; nine more around the best
+    directions: int = 60  # Of the strip in a half turn, 3° apart: a strip is about 6° wide; seven more around the best two
     sample: int = 4096    # Points on which directions are compared; the best are measured on all
 
 PLANES = PlaneLimits()
@@ -174,8 +174,8 @@ def mixture(
     step, found = math.pi/limits.directions, []
     for plane in tqdm(check_planes(f, limits), desc="mixture", unit="plane"):
         rough = _across(plane[some].numpy(), step*np.arange(limits.directions), limits.epsilon)[0]
-        peaks = np.argsort(-rough*((rough >= np.roll(rough, 1)) & (rough >= np.roll(rough, -1))))[:3]
-        angles = (step*(peaks[:, None] + np.linspace(-1, 1, 9))).ravel()
+        peaks = np.argsort(-rough*((rough >= np.roll(rough, 1)) & (rough >= np.roll(rough, -1))))[:2]
+        angles = (step*(peaks[:, None] + np.linspace(-1, 1, 7))).ravel()
         share, centre = _across(plane.numpy(), angles, limits.epsilon)
         found.append((share.max(), angles[share.argmax()], centre[share.argmax()]))
     share, angle, centre = torch.tensor(np.array(found), dtype=torch.float32).T
