@@ -43,7 +43,7 @@ class PlaneLimits(NamedTuple):
     trim: float = .001    # Share of points beyond the last bins
     each: int = 4         # Points for each cell: with fewer, what is subtracted as bias exceeds a tenth of a bit
     epsilon: float = .1   # Half-width of a mixture's strip, in root mean squares, as published
-    directions: int = 60  # Of the strip in a half turn, 3° apart: a strip is about 6° wide; seven more around the best two
+    directions: int = 60  # Of the strip in a half turn, 3° apart: a strip is 6° wide; seven more at the best two
     sample: int = 4096    # Points on which directions are compared; the best are measured on all
 
 PLANES = PlaneLimits()
