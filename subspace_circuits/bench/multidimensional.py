@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 from subspace_circuits.bench import figure
 from subspace_circuits.circuit_benchmark import LEARNERS
 from subspace_circuits.circuit_families import plant
-from subspace_circuits.decompositions.circle_circuits import key_frequencies, without_circles
+from subspace_circuits.decompositions.circle_circuits import enough_circles, key_frequencies, without_circles
 from subspace_circuits.decompositions.feature_clusters import cluster_labels, graph_clusters, planted_circles
 from subspace_circuits.decompositions.leaderboard import subspace_leaderboard
 from subspace_circuits.decompositions.multidimensional import fit_circle, intervene, sum_prompts
@@ -167,20 +167,20 @@ def _circle_figures(name, net, task, bars):
 
 
 def _frequency_figures(name, net, task):
-    "Key frequencies, found unaided, and whether they suffice."
+    "Which frequencies are seen, which are needed, which suffice."
     prompts = sum_prompts(task)
     found = key_frequencies(net, prompts, 49)
-    keys = [o.frequency for o in found if o.key]
-    most = len(found)
-    others = [k for k in range(1, most + 1) if k not in keys][:len(keys)]
-    said = ", ".join(map(str, keys)) or "none"
-    seen = ", ".join(str(o.frequency) for o in found if o.visible) or "none"
-    alone = without_circles(net, prompts, keys, keep=True)[1] if keys else 0.
+    enough = enough_circles(net, prompts, found)
+    others = [o.frequency for o in found if o.frequency not in enough][:len(enough)]
+    seen, keys, few = (", ".join(map(str, o)) or "none" for o in (
+        [o.frequency for o in found if o.visible], [o.frequency for o in found if o.key], enough))
+    alone = without_circles(net, prompts, enough, keep=True)[1]
     yield figure(f"{name}: answers right", without_circles(net, prompts, [])[1], "")
-    yield figure(f"{name}: key frequencies {said}; visible {seen}; how many are key", len(keys), "")
-    yield figure(f"{name}: answers right with the key circles alone", alone, "", "at least .95", alone >= .95)
+    yield figure(f"{name}: visible {seen}; key one by one {keys}; enough {few}; how many are enough", len(enough), "")
+    yield figure(f"{name}: answers right with these circles alone", alone, "", "at least .95", alone >= .95)
     if others:
-        yield figure(f"{name}: with as many others", without_circles(net, prompts, others, keep=True)[1], "")
+        rest = without_circles(net, prompts, others, keep=True)[1]
+        yield figure(f"{name}: with {len(others)} others", rest, "")
 
 
 def _board_figures():

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from subspace_circuits.activations import ActivationStore, check_model
-from subspace_circuits.decompositions.circle_circuits import key_frequencies, neuron_circles, without_circles
+from subspace_circuits.decompositions.circle_circuits import (
+    enough_circles, key_frequencies, neuron_circles, without_circles)
 from subspace_circuits.decompositions.feature_clusters import (
     cluster_pane, cluster_rows, clusters_reducibility, graph_clusters, read_dictionary, row_contexts,
     spectral_clusters)
@@ -155,7 +156,8 @@ def _frequencies(model, prompts):
     found = key_frequencies(model, prompts, 49)
     keys = [o.frequency for o in found if o.key]
     out = dict(key_frequencies=keys, visible_frequencies=[o.frequency for o in found if o.visible],
-               right_with_key_alone=without_circles(model, prompts, keys, keep=True)[1],
+               enough=(enough := enough_circles(model, prompts, found)),
+               right_with_enough=without_circles(model, prompts, enough, keep=True)[1],
                frequencies=[dict(frequency=o.frequency, power=o.power, right_without=o.right) for o in found])
     if model.cfg.attn_only: return out
     neurons = neuron_circles(model, prompts)
