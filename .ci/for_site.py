@@ -5,11 +5,13 @@ Quarto loads require.js and jQuery from elsewhere into every page with an output
 application/javascript (`extractJupyterWidgetDependencies` in its core/jupyter/widgets.ts). So HTML is handed to it as
 raw blocks of Markdown, and a figure as its data, which `nbs/figures.js` draws with the site's own copy of plotly."""
 import ast, html, json, re
+from pathlib import Path
 
 from execnb.nbio import mk_cell
+from nbdev.config import get_config
 
 PLOTLY = "application/vnd.plotly.v1+json"
-SCRIPTS = '<script src="assets/plotly.min.js"></script>\n<script src="figures.js"></script>'
+SCRIPTS = '<script src="{0}assets/plotly.min.js"></script>\n<script src="{0}figures.js"></script>'
 PROVES = {"test_eq", "test_close", "test_fail", "test_is"}
 
 
@@ -94,4 +96,7 @@ class ForSite:
                                                     lambda _: self.fields[name], text, flags=re.M)
 
     def end(self):
-        if self.figures: self.nb.cells.append(mk_cell(raw(SCRIPTS), "markdown"))
+        if not self.figures: return
+        page, nbs = Path(self.nb.path_).resolve(), get_config().nbs_path.resolve()
+        up = "../"*(len(page.relative_to(nbs).parts) - 1 if page.is_relative_to(nbs) else 0)
+        self.nb.cells.append(mk_cell(raw(SCRIPTS.format(up)), "markdown"))

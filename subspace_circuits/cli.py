@@ -279,6 +279,25 @@ def benchmark_parameters(*, reference: Annotated[Optional[Path],
     _print_figures(benchmark_parameters(reference, log, quick), as_json)
 
 
+@benchmark.command("multidimensional")
+def benchmark_multidimensional(*, reference: Annotated[Optional[Path],
+                                                       typer.Option(help="A checkout of the public repository "
+                                                                         "MultiDimensionalFeatures, to time its "
+                                                                         "indices on three planes; read, never "
+                                                                         "written to.")] = None,
+                               model: Annotated[Optional[str],
+                                                typer.Option(help="A TransformerLens state dict that adds modulo its "
+                                                                  "number of answers, besides the bundled "
+                                                                  "one.")] = None,
+                               quick: Annotated[bool,
+                                                typer.Option("--quick", help="Few planes and models: a check that "
+                                                                             "it runs.")] = False,
+                               as_json: AsJson = None):
+    "Reducible and irreducible planes, planted circles, circles in use, key frequencies; each figure beside its bar."
+    from subspace_circuits.bench.multidimensional import benchmark_multidimensional
+    _print_figures(benchmark_multidimensional(reference, model, quick), as_json)
+
+
 @app.command()
 def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *,
               site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
@@ -448,21 +467,29 @@ def evaluate(suite: Annotated[str,
 
 
 @app.command()
-def decompose(method: Annotated[str, typer.Argument(help="apd, spd or vpd.")],
-              config: Annotated[str, typer.Argument(help="A YAML file, or a name of shipped settings, as "
+def decompose(method: Annotated[str, typer.Argument(help="apd, spd or vpd: a network's weights as a sum of components; "
+                                                         "multidim: circles in a model, irreducible clusters of a "
+                                                         "dictionary, or irreducible subspaces.")],
+              config: Annotated[str, typer.Argument(help="A YAML file of settings, or a name of shipped settings, as "
                                                          "apd-tms-5-2.")], *,
               out: Out, seed: Annotated[Optional[int], typer.Option(help="Instead of the settings' own.")] = None,
               wandb: Annotated[Optional[str], typer.Option(metavar="PROJECT",
                                                            help="Send losses to Weights & Biases too.")] = None,
               resume: Resume = False, overwrite: Overwrite = False):
-    "Write a network's weights as a sum of simple components, of which every input needs few."
+    "Decompose a network's weights, or what a model holds, as settings say."
     from subspace_circuits.decompositions.parameter_training import METHODS
-    if method not in METHODS: raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    from subspace_circuits.decompositions.runs import decompose_parameters
-    metrics = decompose_parameters(method, config, out, seed, overwrite, resume, wandb)
-    for k in ("mmcs", "ml2r", "distinct"):
-        if k in metrics: print(f"{k}: {', '.join(f'{o:.3f}' if k != 'distinct' else str(o) for o in metrics[k])}")
-    for k, v in metrics["needed"].items(): print(f"components needed at {k}: {', '.join(map(str, v))}")
+    if method not in (known := [*METHODS, "multidim"]):
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(known)}")
+    if method == "multidim":
+        if wandb: raise ValueError("multidim trains nothing that --wandb could follow: leave it out")
+        from subspace_circuits.decompositions.multidim_runs import decompose_multidim, multidim_lines
+        for line in multidim_lines(decompose_multidim(config, out, seed, overwrite, resume)): print(line)
+    else:
+        from subspace_circuits.decompositions.runs import decompose_parameters
+        metrics = decompose_parameters(method, config, out, seed, overwrite, resume, wandb)
+        for k in ("mmcs", "ml2r", "distinct"):
+            if k in metrics: print(f"{k}: {', '.join(f'{o:.3f}' if k != 'distinct' else str(o) for o in metrics[k])}")
+        for k, v in metrics["needed"].items(): print(f"components needed at {k}: {', '.join(map(str, v))}")
     print(f"report: {out/'report.html'}")
 
 
