@@ -143,12 +143,14 @@ def check(nbs):
     for o in listed ^ set(names): yield o, "the page", "not both a notebook and in the sidebar"
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         done = list(pool.map(process, pages))
-    on_site = {file: ids for _, file, ids, _, _ in done} | dict.fromkeys(made(), ())
+    on_site = {(Path(page).parent/file).as_posix(): ids for page, (_, file, ids, _, _) in zip(names, done)}
+    on_site |= dict.fromkeys(made(), ())
     on_site |= {page: ids for page, (_, _, ids, _, _) in zip(names, done)}
     for page, (title, _, own, links, found) in zip(names, done):
         if not title: yield page, "the page", "no title"
         yield from ((page, *o) for o in found)
         for cell, file, anchor in links:
+            if file.endswith(".ipynb"): file = os.path.normpath(Path(page).parent/file) # a notebook's, from its folder
             if anchor not in (on_site.get(file, ()) if file else own) and (anchor or file not in on_site):
                 yield page, cell, f"a link to {file}#{anchor}, which is not there"
 
