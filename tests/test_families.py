@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from subspace_circuits.activations import given, read_sites, stream_sites
-from subspace_circuits.edges import Moments, score_edges
+from subspace_circuits.edges import Moments, PartitionedModel, score_edges
 from subspace_circuits.forward import Weights, circuit_sites
 from subspace_circuits.keep_only import KeepOnly, empty_masks
 from subspace_circuits.models import open_model
@@ -96,21 +96,22 @@ def test_the_whole_graph_is_the_model(tmp_path, name):
     "And so are all edges that are scored; no site of the stream is another tensor than the raw model's."
     raw, (model, _) = saved(tmp_path, *READ[name]), open_model(tmp_path)
     task, batch = Words(), Words().sample(3, generator=torch.Generator().manual_seed(1))
-    moments, partitions = Moments(model, task, n=10), random_partitions(model)
+    split = PartitionedModel(Moments(model, task, n=10), random_partitions(model))
+    moments, partitions = split.moments, split.partitions
     want = raw(batch.tokens).logits
     assert (model(batch.tokens) - want).abs().max() < 1e-5
-    edges = score_edges(model, moments, partitions, draws=4)
+    edges = score_edges(split, draws=4)
     full = {k: torch.ones_like(v) for k, v in empty_masks(moments.weights, partitions).items()}
     layer_norm = moments.weights.last.kind == "LN" # then logits are known up to what is the same in all
     for kept, mode in ((full, "zero"), (full, "mean"), (full, "resample"), (edges, "zero")):
-        got = KeepOnly(model, moments, partitions, kept, mode)(batch.tokens, position_ids=batch.positions)
+        got = KeepOnly(split, kept, mode)(batch.tokens, position_ids=batch.positions)
         a, b = (o - o.mean(-1, keepdim=True) if layer_norm else o for o in (got, want))
         assert (a - b).abs().max() < 1e-5*max(1, want.abs().max()), (mode, (a - b).abs().max())
     seen = read_sites(model, batch, moments.weights.sites)
     for site, x in moments.weights.trace(batch.tokens, batch.positions)[0].items():
         assert (x - seen[site]).abs().max() < 1e-5*max(1, x.abs().max()), site
     half = {k: torch.zeros_like(v) for k, v in full.items()}
-    none = KeepOnly(model, moments, partitions, half)(batch.tokens, position_ids=batch.positions)
+    none = KeepOnly(split, half)(batch.tokens, position_ids=batch.positions)
     assert (none - want).abs().max() > .1
 
 
