@@ -255,12 +255,11 @@ class _Heads:
         return self.norm.scale(torch.einsum("bphe,hed->bpd", z, self.W) + self.b)
 
 # %% ../nbs/02c_search.ipynb #written
-def _parts(model, hooks, heads, seen):
+def _parts(hooks, heads, seen):
     "What components write, by hook: of heads what they read, divided as what the layer adds is."
     for name in hooks:
         x = seen[name]
         if name.endswith("hook_z"): x = x/heads[_place(name)[0]].size(x)[..., None]
-        if name.endswith("hook_mlp_out"): x = stream_factor(model)*x
         yield name, x
 
 def _check_sum(model, site, heads, parts, seen):
@@ -290,7 +289,7 @@ def written(
         real, part = batch.real[i:i + size], batch._replace(tokens=batch.tokens[i:i + size],
                                                             positions=batch.positions[i:i + size])
         seen = read_sites(model, part, [*dict.fromkeys([*hooks, *(sites if i == 0 else ())])])
-        parts = dict(_parts(model, hooks, heads, seen))
+        parts = dict(_parts(hooks, heads, seen))
         for s in sites if i == 0 else (): _check_sum(model, s, heads, parts, seen)
         for name, x in parts.items() if real.any() else ():
             x = x.float().cpu().expand(len(real), *x.shape[1:])[real]
