@@ -2,14 +2,18 @@
 
 Cells that `nbdev_test` leaves out (`tst_flags` in settings.ini) are left out here too; `--long` runs those marked
 `long`.
-What a page is run for are its assertions: outputs are not kept."""
-import argparse, re, sys
+What a page is run for are its assertions: outputs are not kept.
+Importing torch, TransformerLens and scikit-learn takes longer than many a page. One process imports them, and every
+kernel is a copy of it (a fork): fresh, with nothing of this package imported and nothing of another page in it."""
+import argparse, asyncio, os, re, sys
 from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
+from ipykernel.kernelapp import IPKernelApp
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -17,6 +21,31 @@ root = Path(__file__).resolve().parent.parent
 config = ConfigParser(delimiters=["="])
 config.read(root/"settings.ini")
 flags = set(config["DEFAULT"]["tst_flags"].split())
+LIBRARIES = ["nbclient", "ipykernel.kernelapp", "torch", "transformer_lens.model_bridge", "sklearn.decomposition",
+             "nbdev.processors", "fastcore.test"]
+
+
+class Kernel(get_context("fork").Process):
+    "A kernel as a copy of this process, with what jupyter_client asks of a `Popen`."
+    stdin = stdout = stderr = None
+    def __init__(self, command, cwd, env, **_):
+        super().__init__()
+        self.command, self.cwd, self.env = command, cwd, env
+        self.start()
+        os.setpgid(self.pid, self.pid) # a signal to its group must not reach ours
+
+    def run(self):
+        os.chdir(self.cwd)
+        os.environ |= self.env
+        asyncio.set_event_loop(asyncio.new_event_loop()) # the copied one is busy
+        settings = [*self.command[self.command.index("-f"):], f"--IPKernelApp.parent_handle={os.getppid()}"]
+        IPKernelApp.launch_instance(settings)
+
+    def poll(self): return self.exitcode
+    def send_signal(self, signum): os.kill(self.pid, signum)
+    def wait(self):
+        self.join()
+        return self.exitcode
 
 
 def marks(cell):
@@ -29,7 +58,9 @@ def failure(path, left_out):
     nb = nbformat.read(path, 4)
     nb.cells = [o for o in nb.cells if o.cell_type != "code" or not left_out & marks(o)]
     client = NotebookClient(nb, timeout=None, resources={"metadata": {"path": str(path.parent)}})
-    try: client.execute()
+    os.environ["IN_TEST"] = "1" # as nbdev sets it; the cell that exports does nothing then
+    try:
+        with patch("jupyter_client.provisioning.local_provisioner.launch_kernel", Kernel): client.execute()
     except CellExecutionError as e:
         cell = next(o for o in nb.cells if any(x.output_type == "error" for x in o.get("outputs", [])))
         return f"{path.name}, cell {cell.id}: {e.ename}: {e.evalue}\n{cell.source}"
@@ -42,8 +73,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     pages = [o for o in args.pages or sorted((root/"nbs").rglob("*.ipynb"), reverse=True) # the longest come last
              if ".ipynb_checkpoints" not in o.parts]
-    failed = []
-    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
+    failed, context = [], get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
         running = {o: pool.submit(failure, o, flags - {"long"} if args.long else flags) for o in pages}
         for o, job in running.items():
             if why := job.result(): failed.append(why)

@@ -141,7 +141,9 @@ def check(nbs):
     sidebar = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
     listed = {x["href"] for o in sidebar for x in o.get("contents", [o])}
     for o in listed ^ set(names): yield o, "the page", "not both a notebook and in the sidebar"
-    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
+    context = get_context("forkserver") # each page in a process of its own, a copy of one that has imported these
+    context.set_forkserver_preload(["nbdev.processors", "torch", "pandas", "plotly.subplots", "networkx"])
+    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
         done = list(pool.map(process, pages))
     on_site = {(Path(page).parent/file).as_posix(): ids for page, (_, file, ids, _, _) in zip(names, done)}
     on_site |= dict.fromkeys(made(), ()) | {page: ids for page, (_, _, ids, _, _) in zip(names, done)}

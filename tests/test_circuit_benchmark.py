@@ -1,10 +1,13 @@
 "Every method speaks the same language, and grades say what they should."
 import math, re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from subspace_circuits import circuit_benchmark
+from subspace_circuits.circuits import find_circuit
 from subspace_circuits.edges import planted_partitions
 from subspace_circuits.circuit_benchmark import (
     DECIDING, LEARNERS, METHODS, as_table, attribution, circuit, co_moments, compare_methods,
@@ -14,12 +17,17 @@ from subspace_circuits.forward import Weights, read_site, write_site
 from subspace_circuits.edges import Moments, PartitionedModel, identity, score_edges
 from subspace_circuits.known_circuits import DECOYS, key_values
 from subspace_circuits.circuit_families import FAMILIES, plant
+from subspace_circuits.keep_only import Judge
 from subspace_circuits.partition import Partition, Strict, isolation, same_by_value
 from subspace_circuits.toy_models import new_model
 
 
 @pytest.fixture(autouse=True)
-def one_thread(): torch.set_num_threads(1)
+def quick(monkeypatch):
+    "One thread, and circuits chosen on few answers."
+    torch.set_num_threads(1)
+    monkeypatch.setattr(circuit_benchmark, "find_circuit", partial(find_circuit, answers=100))
+    monkeypatch.setattr(circuit_benchmark, "Judge", partial(Judge, answers=100))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 "What a patch must and must not do, on models of every kind it is made for, and what is refused."
-import json, subprocess, sys
+import json
 
 import pytest
 import torch
 
+from commands import call, refused
 from subspace_circuits.activations import given
 from subspace_circuits.models import open_model
 from subspace_circuits.evaluation import (
@@ -288,17 +289,12 @@ def test_evaluate_reuses_and_refuses(tmp_path):
 
 
 def test_command_line(tmp_path):
-    call = lambda *args: subprocess.run([sys.executable, "-m", "subspace_circuits.cli", "evaluate", *map(str, args)],
-                                        capture_output=True, text=True)
     cut(64, 4, SITE).save_pretrained(tmp_path/"cut")
-    job = ("ioi", "--partitions", tmp_path/"cut", "--out", tmp_path/"ioi.json", "--prompts", 20)
-    done = call("ioi", *job, "--layers", "test1=0,test2=0,test3-pos=0,test3-S_name=0")
-    assert done.returncode == 0 and "test3-S_name, trained: Gini" in done.stdout, done.stderr
+    job = ("--partitions", tmp_path/"cut", "--out", tmp_path/"ioi.json", "--prompts", 20)
+    code, out, error = call("evaluate", "ioi", "ioi", *job, "--layers", "test1=0,test2=0,test3-pos=0,test3-S_name=0")
+    assert code == 0 and "test3-S_name, trained: Gini" in out, error
     assert (tmp_path/"ioi.html").exists()
     for args, message in (((), "test1 patches layer 4"), (("--layers", "4"), "write a test and a layer")):
-        refused = call("ioi", *job, *args, "--overwrite")
-        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
-    wrong = call("carrier", *job)
-    assert wrong.returncode == 2
+        assert message in refused("evaluate", "ioi", "ioi", *job, *args, "--overwrite")
     suites = "ioi, greater-than, knowledge-conflict, carriers, mutual-information"
-    assert f"unknown suite 'carrier': use one of {suites}" in wrong.stderr
+    assert f"unknown suite 'carrier': use one of {suites}" in refused("evaluate", "carrier", "ioi", *job)

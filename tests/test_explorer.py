@@ -7,6 +7,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 
+from commands import call, refused
 from subspace_circuits.activations import capture
 from subspace_circuits.partition import Partition
 from subspace_circuits.preimages import build_indexes
@@ -272,29 +273,18 @@ def test_page_needs_nothing_else(explorer, server):
     assert chosen_rows(explorer, 3) == chosen_rows(explorer, 3)
 
 
-def command(*args): return [sys.executable, "-m", "subspace_circuits.cli", *map(str, args)]
-
-
-def refused(*args):
-    "The one line that a refused command prints."
-    done = subprocess.run(command(*args), capture_output=True, text=True)
-    lines = [o for o in done.stderr.splitlines() if o.startswith("subspace-circuits: ")]
-    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
-
-
 def test_command_writes_a_file(run, tmp_path):
     file = tmp_path/"page.html"
-    done = subprocess.run(command("explore", run, "--static", file, "--queries", 1, "--text", "5 9 3 sep 5"),
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith(f"{file}: 0."), done.stderr
+    code, out, error = call("explore", run, "--static", file, "--queries", 1, "--text", "5 9 3 sep 5")
+    assert code == 0 and out.startswith(f"{file}: 0."), error
     assert f"{file} exists: name another file, or pass --overwrite" in refused("explore", run, "--static", file)
     assert "holds no store/store.json" in refused("explore", tmp_path)
     assert "unknown model 'inductoin'" in refused("explore", run, "--model", "inductoin")
 
 
 def test_command_serves_until_it_is_stopped(run):
-    process = subprocess.Popen(command("explore", run), stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "subspace_circuits.cli", "explore", run],
+                               stdout=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # else ignored
     try:
         address = process.stdout.readline().split()[0]
@@ -311,19 +301,18 @@ def test_command_replaces_an_index_of_another_partition(run, tmp_path):
     copy = tmp_path/"run"
     shutil.copytree(run, copy)
     job = ("explore", copy, "--static", tmp_path/"page.html", "--queries", 1, "--overwrite")
-    assert subprocess.run(command(*job), capture_output=True).returncode == 0
+    assert call(*job)[0] == 0
     old = Partition.from_pretrained(copy/"partitions"/"x0.mid")
     Partition(dict(zip(old.names, old.basis.flip(1).split([20, 20, 24], 1))), old.site,
               old.mean).save_pretrained(copy/"partitions"/"x0.mid")
     assert "x0.mid is an index of another partition: it was made from" in refused(*job[:-1], "--static",
                                                                                   tmp_path/"other.html")
-    assert subprocess.run(command(*job), capture_output=True).returncode == 0
+    assert call(*job)[0] == 0
 
 
 def test_benchmark(tmp_path):
-    done = subprocess.run(command("benchmark", "preimages", "--quick", "--json", tmp_path/"figures.json"),
-                          capture_output=True, text=True)
+    code, out, error = call("benchmark", "preimages", "--quick", "--json", tmp_path/"figures.json")
     figures = json.loads((tmp_path/"figures.json").read_text())["figures"]
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(figures), done.stderr
+    assert code == 0 and len(out.splitlines()) == len(figures), error
     assert all(o["held"] for o in figures if o["what"].startswith(("recall", "static")))
     assert sum(o["what"].startswith("query p50") for o in figures) == 4

@@ -1,5 +1,6 @@
 "Nothing that others wrote is lost, and no changed byte changes a result in silence."
 import json, os, random, shutil, sys
+from functools import partial
 from itertools import product
 
 import networkx as nx
@@ -20,7 +21,7 @@ from subspace_circuits.preimages import Index, build_indexes, search_index
 from subspace_circuits.toy_models import UniqueCopy, new_model, train
 
 torch.set_num_threads(1)
-NAME, FLIPS = "planted-skip_trigram", int(os.environ.get("FILE_FLIPS", 200))
+NAME, FLIPS = "planted-skip_trigram", int(os.environ.get("FILE_FLIPS", 120))
 
 
 def tree(folder):
@@ -42,7 +43,8 @@ def plain(o):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    "A finished run with an index, its subspaces found in closed form to be quick, and what it is the run of."
+    """A finished run with an index, and what it is the run of; quick, with a third of the rows, subspaces in closed
+    form, and a circuit chosen on a tenth of the answers."""
     run, claimed = tmp_path_factory.mktemp("files")/"run", []
     def here(name, out, job):
         for o in job["sites"]: pipeline.partition_site(name, out, o, job["seed"])
@@ -59,6 +61,8 @@ def job(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "partition_sites", here)
         patch.setattr(pipeline, "learn_partition", quick)
+        patch.setattr(pipeline, "sequences_of", partial(pipeline.sequences_of, rows=10_000))
+        patch.setattr(pipeline, "find_circuit", partial(pipeline.find_circuit, answers=100))
         patch.setattr(pipeline, "claim", note)
         pipeline.run(NAME, run)
     store = ActivationStore(run/"store")
