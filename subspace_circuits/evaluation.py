@@ -353,7 +353,7 @@ def prompt_by_prompt(
     return torch.stack(out)
 
 # %% ../nbs/02g_evaluation.ipynb #readers
-def _folded(model, norm, W):
+def _folded(norm, W):
     "A reading matrix with its norm's scale and centring folded in; columns are what is read."
     if norm is None: return W
     return fold(read_norm(norm, len(W)), W, W.new_zeros(W.shape[1]))[0]
@@ -373,11 +373,11 @@ def readers(
         block = model.blocks[i]
         if i > layer or where == "resid_pre":
             heads = {f"L{i}H{h} {o}": W for o in "QKV" for h, W in enumerate(getattr(model, f"W_{o}")[i])}
-            out |= {k: _folded(model, getattr(block, "ln1", None), W) for k, W in heads.items()}
+            out |= {k: _folded(getattr(block, "ln1", None), W) for k, W in heads.items()}
         if not model.cfg.attn_only and (i > layer or where in ("resid_pre", "resid_mid", "attn_out")):
             inward = [model.W_in[i]] + ([model.W_gate[i]] if getattr(model.cfg, "gated_mlp", False) else [])
-            out[f"L{i} MLP"] = _folded(model, getattr(block, "ln2", None), torch.cat(inward, 1))
-    out["unembed"] = _folded(model, getattr(model, "ln_final", None), model.W_U)
+            out[f"L{i} MLP"] = _folded(getattr(block, "ln2", None), torch.cat(inward, 1))
+    out["unembed"] = _folded(getattr(model, "ln_final", None), model.W_U)
     grams = {k: (W := v.detach().float())@W.T for k, v in out.items()}
     return {k: v/torch.linalg.matrix_norm(v, 2) for k, v in grams.items() if v.any()}
 

@@ -21,7 +21,7 @@ from subspace_circuits.preimages import Index, build_indexes, search_index
 from subspace_circuits.toy_models import UniqueCopy, new_model, train
 
 torch.set_num_threads(1)
-NAME, FLIPS = "planted-skip_trigram", int(os.environ.get("FILE_FLIPS", 120))
+NAME, FLIPS = "planted-skip_trigram", int(os.environ.get("FILE_FLIPS", 200))
 
 
 def tree(folder):
