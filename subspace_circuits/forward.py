@@ -123,7 +123,9 @@ def read_norm(
     y, minus, raised = module(x), module(-x), module(x + 1)
     if torch.allclose(y, x) and torch.allclose(raised, x + 1): return Norm()
     kind = "LN" if torch.allclose(raised, y, atol=1e-3, rtol=1e-3) else "RMS"
-    eps = next((getattr(module, o) for o in ("eps", "variance_epsilon", "epsilon") if hasattr(module, o)), 1e-5)
+    named = (getattr(module, o, None) for o in ("eps", "variance_epsilon", "epsilon"))
+    least = torch.finfo(x.dtype).eps if isinstance(module, nn.RMSNorm) else 1e-5 # what torch takes where none is given
+    eps = next((o for o in named if o is not None), least)
     bare = Norm(kind, eps=eps)
     gain, shift = ((y - minus)/2*bare.scale(x)/(x - x.mean()*(kind == "LN")))[0, 0], ((y + minus)/2)[0, 0]
     stored, own = getattr(module, "weight", None), getattr(module, "bias", None)
