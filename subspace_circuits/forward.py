@@ -528,6 +528,10 @@ def _check(w, model):
     "Refuse a model that is more than these maps; what looks so is asked again where rounding cannot be the reason."
     gap = _gap(w, model)
     if not gap < TOLERANCE: gap = _gap(*_widened(model))
+    if math.isnan(gap):
+        broken = [k for k, v in model.named_parameters() if not v.isfinite().all()]
+        raise ValueError(f"NaN or infinite {broken[0] if broken else 'logits'}: this model computes nothing; "
+                         "open an undamaged copy of its weights")
     if not gap < TOLERANCE:
         raise ValueError(f"this model does not answer as its weights say, logits differ by {gap:.2g} of their size: "
                          "circuits are read from heads and neurons behind their norms, and it has something more")

@@ -1,5 +1,5 @@
 "The command line with right and wrong input, as a user would call it."
-import json, shutil, subprocess, sys
+import json, re, shutil, subprocess, sys
 
 import pytest
 import torch
@@ -193,8 +193,7 @@ def test_nan_in_activations(tmp_path):
     model, _, config = load_model("induction")
     parameters(model)["pos.weight"][3] = float("nan")
     save_model(model, tmp_path/"broken", config)
-    assert "NaN or infinite activations at blocks.0.hook_resid_pre" in refused("run", tmp_path/"broken", "--out",
-                                                                               tmp_path/"run")
+    assert re.search(r"NaN or infinite .*pos", refused("run", tmp_path/"broken", "--out", tmp_path/"run"))
 
 
 def test_partition_refuses(store, tmp_path):
