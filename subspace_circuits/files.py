@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
-__all__ = ["check", "check_free", "comment", "damaged", "foreign", "kind_of", "left_over", "mark", "of_others", "owned",
-           "raised_here", "read_json", "read_tensors", "reason", "remove", "replacing", "sha256", "walk", "write_json",
-           "write_tensors",
-           "write_text"]
+__all__ = ["check", "check_free", "claim_folder", "comment", "damaged", "foreign", "kind_of", "left_over", "mark",
+           "of_others", "owned", "raised_here", "read_json", "read_tensors", "reason", "remove", "replacing", "sha256",
+           "walk", "write_json", "write_tensors", "write_text"]
 
 PROGRAM = "subspace_circuits"
 END = re.compile(rb'(?:,?\n "written": "|<!-- )subspace_circuits: ([a-z ]+)(?:, sha256 ([0-9a-f]{64})"\n\}| -->)\n\Z')
@@ -109,6 +108,23 @@ def remove(folder: Path, layout: dict):
     if not folder.exists() and not folder.is_symlink(): return
     for o in sorted(owned(folder, layout), key=lambda o: o.suffix != ".json"): o.unlink()
     for o in sorted((folder, *folder.rglob("*")), reverse=True): o.rmdir()
+
+
+def claim_folder(folder: Path, layout: dict, settings: dict, what: str, overwrite: bool, resume: bool) -> bool:
+    "Whether a folder holds a job of these settings; one of others is refused, and what this program did not write."
+    if overwrite: remove(folder, layout)
+    if folder.exists(): owned(folder, layout)
+    file = folder/"config.json"
+    if not file.exists():
+        if resume:
+            raise ValueError(f"nothing to resume in {folder}: it holds no {what}; leave out --resume to start one")
+        return False
+    held = read_json(file, layout["config.json"])
+    for k in dict.fromkeys([*held, *settings]):
+        if held.get(k) != settings.get(k):
+            raise ValueError(f"{folder} holds a {what} with {k} {held.get(k)!r}, not {settings.get(k)!r}: name another "
+                             "folder, or pass --overwrite")
+    return True
 
 
 def check_free(file: Path, kind: str, overwrite: bool = True):

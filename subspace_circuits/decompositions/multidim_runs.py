@@ -15,7 +15,7 @@ from subspace_circuits.decompositions.multidimensional import (
     KINDS, draw_sweep, fit_circle, intervene, patch_components, read_circle, sum_prompts,
     sweep_circle, word_accuracy, word_prompts)
 from subspace_circuits.decompositions.reducibility import PLANES, rank_clouds, subspace_reducibility
-from subspace_circuits.files import owned, read_json, remove, write_json, write_text
+from subspace_circuits.files import claim_folder, read_json, write_json, write_text
 from subspace_circuits.models import open_model
 from subspace_circuits.partition import Partition
 from subspace_circuits.tasks import Sum
@@ -61,17 +61,8 @@ def decompose_multidim(config: str | Path, out: Path, seed: int | None = None, o
                        resume: bool = False) -> dict:
     "Run a job into a folder, or read the one that is there; its metrics."
     out, settings = Path(out), read_multidim(config, seed)
-    if overwrite: remove(out, MULTIDIM_LAYOUT)
-    if out.exists(): owned(out, MULTIDIM_LAYOUT)
-    if resume and not (out/"config.json").exists():
-        raise ValueError(f"nothing to resume in {out}: it holds no such job; leave out --resume to start one")
-    if (out/"config.json").exists():
-        old = read_json(out/"config.json", MULTIDIM_LAYOUT["config.json"])
-        if wrong := [k for k in dict.fromkeys([*old, *settings]) if old.get(k) != settings.get(k)]:
-            raise ValueError(f"{out} holds a job with {wrong[0]} {old.get(wrong[0])!r}, not "
-                             f"{settings.get(wrong[0])!r}: "
-                             "name another folder, or pass --overwrite")
-        if (out/"metrics.json").exists(): return read_json(out/"metrics.json", MULTIDIM_LAYOUT["metrics.json"])
+    if claim_folder(out, MULTIDIM_LAYOUT, settings, "job", overwrite, resume) and (out/"metrics.json").exists():
+        return read_json(out/"metrics.json", MULTIDIM_LAYOUT["metrics.json"])
     metrics, figures = dict(circle=_circle, clusters=_clusters, subspaces=_subspaces)[settings["job"]](settings)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/"config.json", settings, MULTIDIM_LAYOUT["config.json"])

@@ -10,7 +10,7 @@ from subspace_circuits.decompositions.parameter_metrics import (
     alive, feature_scores, fresh_adversary, kinds_of, network_figure, one_hot, per_feature, use_of)
 from subspace_circuits.decompositions.parameter_training import Trainer, make_target, read_settings
 from subspace_circuits.files import (
-    mark, owned, read_json, read_tensors, remove, replacing, write_json, write_tensors, write_text)
+    claim_folder, mark, read_json, read_tensors, replacing, write_json, write_tensors, write_text)
 
 __all__ = ["LAYOUT", "decompose_parameters", "open_trainer"]
 
@@ -25,17 +25,11 @@ def decompose_parameters(method: str, config: str | Path, out: Path, seed: int |
     checkpoint; `wandb` names a project of Weights & Biases to send losses to."""
     out = Path(out)
     settings = read_settings(config, method, **({} if seed is None else dict(seed=seed)))
-    if overwrite: remove(out, LAYOUT)
-    if out.exists(): owned(out, LAYOUT)
-    if resume and not (out/"config.json").exists():
-        raise ValueError(f"nothing to resume in {out}: it holds no decomposition; leave out --resume to start one")
-    send = None if wandb is None else _wandb(wandb, settings)
-    if (out/"config.json").exists():
-        _check_same(read_json(out/"config.json", LAYOUT["config.json"]), settings, out)
-        if (out/"metrics.json").exists(): return read_json(out/"metrics.json", LAYOUT["metrics.json"])
-    else:
+    if not claim_folder(out, LAYOUT, settings, "decomposition", overwrite, resume):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out/"config.json", settings, LAYOUT["config.json"])
+    elif (out/"metrics.json").exists(): return read_json(out/"metrics.json", LAYOUT["metrics.json"])
+    send = None if wandb is None else _wandb(wandb, settings)
     trainer, lines = open_trainer(out, settings)
     _train(trainer, lines, out, until, send)
     if trainer.step < settings["steps"]: return dict(step=trainer.step)
@@ -43,14 +37,6 @@ def decompose_parameters(method: str, config: str | Path, out: Path, seed: int |
     write_text(out/"report.html", _page(trainer, metrics, lines), LAYOUT["report.html"])
     write_json(out/"metrics.json", metrics, LAYOUT["metrics.json"])
     return metrics
-
-
-def _check_same(old: dict, new: dict, out: Path):
-    "Refuse to go on with other settings."
-    if wrong := [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]:
-        k = wrong[0]
-        raise ValueError(f"{out} holds a decomposition with {k} {old.get(k)!r}, not {new.get(k)!r}: name another "
-                         "folder, or pass --overwrite")
 
 
 def _wandb(project: str, settings: dict):
