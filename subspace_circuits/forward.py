@@ -370,11 +370,15 @@ def _attention(w, layer:int, r:Float[Tensor, "... pos d_model"], positions:Int[T
     moved = einsum(w.softmax(scores, layer)@v, maps["O"], "... head pos d_head, head d_head d_model -> ... pos d_model")
     return w.behind(layer, "attn", moved + maps["bO"]), scores
 
-def _neurons(w, layer:int, r:Float[Tensor, "... d_model"])->Float[Tensor, "... d_model"]:
-    "What an MLP gives."
+def _active(w, layer:int, r:Float[Tensor, "... d_model"])->Float[Tensor, "... neuron"]:
+    "How active the neurons of an MLP are."
     L, act = w.mlps[layer], w.act
     up = r@L["W_in"] + L["b_in"]
-    return (act(r@L["W_gate"] + L["b_gate"])*up if "W_gate" in L else act(up))@L["W_out"] + L["b_out"]
+    return act(r@L["W_gate"] + L["b_gate"])*up if "W_gate" in L else act(up)
+
+def _neurons(w, layer:int, r:Float[Tensor, "... d_model"])->Float[Tensor, "... d_model"]:
+    "What an MLP gives."
+    return w.active(layer, r)@w.mlps[layer]["W_out"] + w.mlps[layer]["b_out"]
 
 Weights.behind, Weights.project, Weights.read_heads, Weights.attention = _behind_map, _project, _read_heads, _attention
 
@@ -392,7 +396,7 @@ def _added(w, half:int, x:Float[Tensor, "... pos d_model"], positions:Int[Tensor
     added, scores = w.attention(layer, r, positions)
     return (added + w.mlp(layer, r) if w.parallel else added), scores
 
-Weights.neurons, Weights.mlp, Weights.added = _neurons, _mlp, _added
+Weights.active, Weights.neurons, Weights.mlp, Weights.added = _active, _neurons, _mlp, _added
 
 # %% ../nbs/00c_forward.ipynb #run
 def _embed(w, tokens:Int[Tensor, "batch pos"], positions:Int[Tensor, "batch pos"])->Float[Tensor, "batch pos d_model"]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .activations import fingerprint
-from .closed_form import closed_form
+from .closed_form import closed_form, joined
 from .dependence import Shared, shared, whiten
 from .forward import Weights, read_site, write_site
 from .partition import Partition, Verdict, complement, noise_floor
@@ -132,6 +132,11 @@ class Traffic(NamedTuple):
     attended:dict[str, Float[Tensor, "d d"]]   # By head: second moment of what it attends to, where that matters
     active:list[tuple]                         # By layer: deviation of each neuron, covariance of what they read
 
+    @property
+    def usual(self)->Float[Tensor, "d d"]:
+        "Second moment of the stream, all sites together."
+        return sum(self.stream.values())
+
 # %% ../nbs/02j_stream_variables.ipynb #traffic-parts
 def _check_plain(w):
     "Refuse what the spans of this page do not describe."
@@ -153,9 +158,8 @@ def _attention_traffic(w, i, x, pattern, real, matters):
 def _mlp_traffic(w, i, x, real):
     "Of an MLP: how its neurons vary, what they see, what is written."
     r, M = (x/w.scale(x))[real], w.mlps[i]
-    up = r@M["W_in"] + M["b_in"]
-    on = w.act(r@M["W_gate"] + M["b_gate"])*up if "W_gate" in M else w.act(up)
-    return (on.double().std(0), torch.cov(r.double().T)), _second(w.mlp(i, r).double())
+    on = w.active(i, r)
+    return (on.double().std(0), torch.cov(r.double().T)), _second((on@M["W_out"] + M["b_out"]).double())
 
 # %% ../nbs/02j_stream_variables.ipynb #traffic
 @torch.no_grad()
@@ -224,10 +228,11 @@ def seen_columns(
 def _query_key(t, i, h, parts, settings):
     "What a head's queries read, what its queries' bias looks for beside that, and the keys they look for."
     w, (mean, Cq), Ck, name = t.weights, t.queries[i], t.keys[i], f"L{i}H{h}"
-    L, usual, found = w.of(i), sum(t.stream.values()), []
+    L, usual, found = w.of(i), t.usual, []
     A, rq, rk = L["Q"][h]@L["K"][h].T, _root(Cq), _root(Ck)
-    u, _, v = torch.linalg.svd(rq@A@rk)
-    k = counted_span(rq@A@rk, settings.logits, settings).shape[1]
+    scores = rq@A@rk
+    u, _, v = torch.linalg.svd(scores)
+    k = counted_span(scores, settings.logits, settings).shape[1]
     whole, key = torch.cat(parts, 1), A.T@rq@u[:, :k]
     if k: found.append(Reader(f"{name} query", torch.linalg.qr(whole@(whole.T@(A@rk@v[:k].T)))[0]))
     bias = seen_columns(parts, ((mean@L["Q"][h] + L["bQ"][h])@L["K"][h].T)[:, None], Ck, usual, (), settings)
@@ -241,7 +246,7 @@ def first_readers(
     t:Traffic, parts:list[Float[Tensor, "d_model _"]], settings:StreamSettings=STREAM,
 )->tuple[list[Reader], list[tuple]]: # Readers; keys as name, columns and what is seen, for when parts are known
     "List what logits, queries, their biases and MLPs read."
-    w, found, keys, usual = t.weights, [], [], sum(t.stream.values())
+    w, found, keys, usual = t.weights, [], [], t.usual
     W = w.W_U.double()
     maps = [("logits", W - W.mean(1, keepdim=True), t.stream[w.sites[-1]])]
     for i in range(w.cfg.n_layers):
@@ -263,7 +268,7 @@ def read_parts(
     t:Traffic, settings:StreamSettings=STREAM,
 )->tuple[list[Float[Tensor, "d_model _"]], list[Reader]]: # Parts, and all that cut them
     "Cut the stream by writers, then by readers: keys and values last, when parts are known."
-    w, parts, usual = t.weights, writer_parts(t, settings), sum(t.stream.values())
+    w, parts, usual = t.weights, writer_parts(t, settings), t.usual
     readers, maps = first_readers(t, parts, settings)
     for o in readers: parts = divide(parts, o.span, settings)
     for i in range(w.cfg.n_layers):
@@ -301,12 +306,11 @@ def _held_by(t, b):
     return {k: v/max(sum(held.values()), 1e-12) for k, v in held.items()}
 
 # %% ../nbs/02j_stream_variables.ipynb #join
-def _one_variable(t, a, c, table, readers, generator, settings):
-    "Whether two groups of pieces of a table are one variable."
+def _read_as_one(h, a, c, table, readers, generator, settings):
+    "Whether two groups of pieces of a table are read together, where that counts, and are one variable."
     both = any(o.share(x) > settings.together and o.share(y) > settings.together
                for o in readers for x in a for y in c)
     if not both and table == "embed": return False
-    h = t.rows[t.weights.sites[0]][:8000].float()
     return one_variable(h, a, c, settings.match, generator, settings)
 
 def join_table(
@@ -323,7 +327,7 @@ def join_table(
         if moves and is_read: groups.append([b])
         else: unread.append(b)
     pairs = lambda: ((a, c) for a in range(len(groups)) for c in range(a))
-    one = lambda a, c: _one_variable(t, groups[a], groups[c], table, readers, g, settings)
+    one = lambda a, c: _read_as_one(h[:8000], groups[a], groups[c], table, readers, g, settings)
     while pair := next((o for o in pairs() if one(*o)), None): groups[pair[1]] += groups.pop(pair[0])
     unread = take_unread(t, groups if table == "position" else [], unread, g, settings)
     return others + unread + [torch.cat(o, 1) for o in groups]
@@ -357,8 +361,8 @@ def neuron_groups(
     least:float=STREAM.source, # Share of a neuron's variance that a part it reads must cause
 )->dict[tuple[int, ...], Tensor]: # Numbers of parts, and which neurons read them
     "Group the neurons of a layer by the parts that they read."
-    W, C = t.weights.mlps[layer]["W_in"].double(), t.active[layer][1]
-    share = torch.stack([(_root(C)@b@(b.T@W)).square().sum(0) for b in parts], 1)
+    W, root = t.weights.mlps[layer]["W_in"].double(), _root(t.active[layer][1])
+    share = torch.stack([(root@b@(b.T@W)).square().sum(0) for b in parts], 1)
     share = share/share.sum(1, keepdim=True).clamp(min=1e-12)
     keys = [tuple((o > least).nonzero()[:, 0].tolist()) for o in share]
     return {k: torch.tensor([o == k for o in keys]) for k in sorted(set(keys))}
@@ -380,15 +384,12 @@ def sources(
 
 # %% ../nbs/02j_stream_variables.ipynb #by-source
 def _common_source(t, maps, parts, settings):
-    "Group numbers of parts: the same for those that one component wrote from one source."
+    "Group parts, by number: those that one component wrote from one source."
     total = torch.stack([sum((b.T@C@b).trace() for C in t.wrote.values()) for b in parts]).clamp(min=1e-9)
     wrote = torch.stack([torch.stack([(b.T@F).square().sum() for F in maps.values()]) for b in parts])/total[:, None]
-    mine, group = (wrote.sum(1) > settings.outside).nonzero()[:, 0].tolist(), list(range(len(parts)))
-    for a in mine:
-        for c in (o for o in mine if o < a):
-            if torch.minimum(wrote[a], wrote[c]).max() > settings.source:
-                group = [group[c] if o == group[a] else o for o in group]
-    return group
+    mine = (wrote.sum(1) > settings.outside).nonzero()[:, 0].tolist()
+    return joined(len(parts), [(a, c) for a in mine for c in mine
+                               if c < a and torch.minimum(wrote[a], wrote[c]).max() > settings.source])
 
 def by_source(
     t:Traffic, parts:list[Float[Tensor, "d_model _"]], settings:StreamSettings=STREAM,
@@ -401,8 +402,7 @@ def by_source(
         for (name, _), F in maps.items():
             if F.square().sum() > .1*settings.source*size[name]:
                 parts = divide(parts, counted_span(F, None, settings), settings)
-        group = _common_source(t, maps, parts, settings)
-        parts = [torch.cat([b for b, o in zip(parts, group) if o == k], 1) for k in dict.fromkeys(group)]
+        parts = [torch.cat([parts[i] for i in o], 1) for o in _common_source(t, maps, parts, settings)]
     return parts
 
 # %% ../nbs/02j_stream_variables.ipynb #all
