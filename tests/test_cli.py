@@ -3,23 +3,9 @@ import json, re, shutil, subprocess, sys
 
 import pytest
 import torch
+from commands import call, refused
 
 from subspace_circuits.files import read_json
-
-
-def call(*args):
-    "Exit code, output and error of one command."
-    done = subprocess.run([sys.executable, "-m", "subspace_circuits.cli", *map(str, args)], capture_output=True,
-                          text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
-def refused(*args):
-    "The one line that a refused command prints."
-    code, _, error = call(*args)
-    lines = [o for o in error.splitlines() if o.startswith("subspace-circuits: ")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in error, error
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +16,9 @@ def store(tmp_path_factory):
 
 
 def test_models():
-    listed = json.loads(call("models", "--json")[1])
+    # the one command here that is a process of its own: the others run in this one
+    done = subprocess.run([sys.executable, "-m", "subspace_circuits.cli", "models", "--json"], capture_output=True)
+    listed = json.loads(done.stdout)
     assert listed["induction"]["variables"] == ["token", "previous token", "position", "output"]
     assert listed["planted-induction"]["edges"] == 4
     assert {o["kind"] for o in listed.values()} == {"trained", "planted", "toy"}

@@ -1,9 +1,10 @@
 "Parameter decomposition beyond what its pages prove: whole runs, their files, and what the command line refuses."
-import json, shutil, subprocess, sys
+import json, shutil
 
 import pytest
 import torch
 import yaml
+from commands import call
 
 from subspace_circuits.decompositions.parameter_masks import Draws
 from subspace_circuits.decompositions.parameter_metrics import feature_scores, fresh_adversary, use_of
@@ -14,13 +15,6 @@ from subspace_circuits.files import kind_of
 
 TINY = dict(batch=64, steps=300, seeds=2)
 TOY = dict(steps=50, batch=64)
-
-
-def call(*args):
-    "Exit code, output and error of one command."
-    done = subprocess.run([sys.executable, "-m", "subspace_circuits.cli", *map(str, args)], capture_output=True,
-                          text=True)
-    return done.returncode, done.stdout, done.stderr
 
 
 def config(tmp_path, preset, **changes):
