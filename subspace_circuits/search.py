@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEARCH', 'START', 'Search', 'block_distances', 'neighbor_distance', 'ndm', 'units', 'log_distance',
-           'pool_without_copies', 'local_covariances', 'propose_cuts', 'by_writer', 'Wrote', 'written',
+           'pool_without_copies', 'local_covariances', 'propose_cuts', 'cut_at_jump', 'by_writer', 'Wrote', 'written',
            'stored_sequences', 'SiteRows', 'starts', 'set_silent', 'told_directions', 'told_spreads',
            'excluded_directions', 'moves', 'move_directions', 'exchange', 'proposals', 'random_cumulants', 'best_pair',
            'cut_down', 'block_shares', 'silent_together', 'wrote_shares', 'partners', 'loose_pairs', 'join_pieces',
@@ -184,6 +184,16 @@ def _apart(one, other):
     return min((P - o@o.T).norm() for o in other[:2]) > .5
 
 # %% ../nbs/02c_search.ipynb #by-writer
+def cut_at_jump(
+    b:Float[Tensor, "d m"], share:Float[Tensor, "m m"], # A basis, and what something holds of its directions
+    jump:float, below:float=math.inf, above:float=-math.inf, # Least jump; what must lie below it, and above it
+)->list[Float[Tensor, "d _"]]: # The basis in two parts, or as it was but turned
+    "Cut a basis where the share that something holds of its directions jumps most."
+    e, u = torch.linalg.eigh(share)
+    k = e.diff().argmax().item() + 1 if len(e) > 1 else 0
+    clear = k and e[k] - e[k - 1] > jump and e[k - 1] < below and e[k] > above
+    return [b@o for o in u.tensor_split([k if clear else 0], 1) if o.shape[1]]
+
 def by_writer(
     written:Float[Tensor, "component d d"], # Covariance of what each component has written into a space
     floor:float, # Variance that counts as nothing
@@ -193,12 +203,7 @@ def by_writer(
     e, u = torch.linalg.eigh(written.sum(0) + floor*torch.eye(written.shape[1]))
     root, parts = u*e.rsqrt()@u.T, [torch.eye(written.shape[1])]
     for share in root@written@root:
-        cut = []
-        for b in parts:
-            e, u = torch.linalg.eigh(b.T@share@b)
-            k = e.diff().argmax().item() + 1 if len(e) > 1 and e.diff().max() > jump else 0
-            cut += [b@o for o in u.tensor_split([k], 1) if o.shape[1]]
-        parts = cut
+        parts = [o for b in parts for o in cut_at_jump(b, b.T@share@b, jump)]
     return parts
 
 # %% ../nbs/02c_search.ipynb #written-places

@@ -20,6 +20,7 @@ from .closed_form import closed_form, joined
 from .dependence import Shared, shared, whiten
 from .forward import Weights, read_site, write_site
 from .partition import Partition, Verdict, complement, noise_floor
+from .search import cut_at_jump
 from .toy_models import Batch, Task
 
 # %% ../nbs/02j_stream_variables.ipynb #settings
@@ -76,13 +77,11 @@ def divide(
     settings:StreamSettings=STREAM,
 )->list[Float[Tensor, "d_model _"]]:
     "Cut every part between the directions that a span holds and those that it does not."
-    out = []
+    s, cut = settings, []
     for b in parts:
-        e, u = torch.linalg.eigh((o := b.T@span)@o.T)
-        k = e.diff().argmax().item() + 1 if len(e) > 1 else 0
-        clear = k and e[k] - e[k - 1] > settings.gap and e[k - 1] < settings.outside and e[k] > settings.inside
-        out += [b@o for o in u.tensor_split([k if clear else 0], 1) if o.shape[1]]
-    return out
+        o = b.T@span
+        cut += cut_at_jump(b, o@o.T, s.gap, s.outside, s.inside)
+    return cut
 
 # %% ../nbs/02j_stream_variables.ipynb #dead
 def replaced(
