@@ -109,8 +109,7 @@ class Form(NamedTuple):
 def _check_positions(w):
     if w.parallel or any(o.window or o.cap or o.behind for o in w.ways):
         raise ValueError("this model has parallel blocks, windows, soft caps or norms behind its maps: baselines "
-                         "do not "
-                         "read them; use `find_circuit`")
+                         "do not read them; use `find_circuit`")
     if w.rotary is not None:
         raise ValueError("this model has rotary positions, its QK form is another for every offset: baselines read "
                          "learned positions; use `find_circuit`")

@@ -11,8 +11,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 benchmark = typer.Typer(no_args_is_help=True, help="Measure what the project promises.")
 app.add_typer(benchmark, name="benchmark")
 Out = Annotated[Path,
-                typer.Option(help="Folder to write; resumed if it holds the same job, refused if it holds anything "
-                                  "else.")]
+                typer.Option(help="Folder to write; resumed if it holds the same job, refused if it holds "
+                                  "anything else.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite",
                                          help="Replace what this program wrote there; refused if anything else is.")]

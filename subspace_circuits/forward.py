@@ -247,8 +247,7 @@ def _behind(model, layer):
         if o.kind is None: continue
         if o.kind != "RMS" or o.shift is not None or not o.gain.all():
             raise ValueError(f"this model has {o.kind} norms behind its {name} maps in layer {layer}: circuits "
-                             f"are read "
-                             "where those are RMS norms with no bias and no gain of zero")
+                             "are read where those are RMS norms with no bias and no gain of zero")
         gain, dims = o.gain, (-1,)
         if name in "QK" and len(gain) != c.d_head: # over all heads at once
             gain, dims = gain.view(-1, 1, c.d_head), (-3, -1)

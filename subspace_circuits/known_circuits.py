@@ -547,8 +547,7 @@ def _judge(known, found, tau):
         if (o["kl"] > tau) if o["true"] else (o["kl"] <= tau): continue
         block, claim = f"{o['component']} {o['type']} {o['a']} → {o['b']}", "true" if o["true"] else "false"
         raise ValueError(f"the key of {known.name} is wrong at {block}: {claim}, but its removal costs {o['kl']:.3g} "
-                         f"nats, the limit is {tau:g}: "
-                         "plant it with less noise, fewer values or more dimensions")
+                         f"nats, the limit is {tau:g}: plant it with less noise, fewer values or more dimensions")
     return found
 
 # %% ../nbs/00d_known_circuits.ipynb #certify

@@ -54,8 +54,7 @@ def _from_hub(name):
         return Path(snapshot_download(name, allow_patterns=kinds, ignore_patterns=left_out))
     except Exception as e: # of the hub, of its transport and of the file system
         raise ValueError(f"unknown model {name!r}: use one of {', '.join(closest_first(name))}, a folder or weight "
-                         f"file that exists, "
-                         f"or a hub id, which needs a network ({reason(e)})") from None
+                         f"file that exists, or a hub id, which needs a network ({reason(e)})") from None
 
 # %% ../nbs/01a_models.ipynb #open-model
 def model_path(
@@ -65,8 +64,7 @@ def model_path(
     here, bundled = Path(source).expanduser(), str(source) in model_configs()
     if bundled and here.exists():
         raise ValueError(f"{str(source)!r} is a bundled model and a path in {Path.cwd()}: pass ./{source} for the "
-                         f"path, or "
-                         "run elsewhere for the bundled model")
+                         "path, or run elsewhere for the bundled model")
     path = MODELS/source if bundled else here
     return path if path.exists() else _from_hub(str(source))
 
@@ -122,8 +120,7 @@ def _check_tensors(source, found, model):
     extra = sorted(o for o in found["unexpected_keys"] if not o.endswith(tables))
     if used := [o for o in extra if inside(o)]:
         raise ValueError(f"{source} holds {len(used)} weights ({', '.join(used[:3])}) that its config.json has no "
-                         f"place "
-                         "for: they belong to different models; fetch both again")
+                         "place for: they belong to different models; fetch both again")
     if extra: warnings.warn(f"{source}: {len(extra)} tensors are not part of the language model and unused "
                             f"({', '.join(extra[:3])})", stacklevel=3)
 
@@ -150,9 +147,8 @@ def _open_gguf(file):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if find_spec("gguf") is None:
         raise ValueError(f"{file} needs the package gguf: pip install 'subspace_circuits[gguf]'")
-    with foreign(f"{file} cannot be opened as a causal language model", "it needs an architecture that "
-                                                                        "transformers reads "
-                 "from GGUF, and an intact file"):
+    with foreign(f"{file} cannot be opened as a causal language model",
+                 "it needs an architecture that transformers reads from GGUF, and an intact file"):
         which = dict(gguf_file=file.name, local_files_only=True)
         raw, found = AutoModelForCausalLM.from_pretrained(file.parent, attn_implementation="eager", dtype=torch.float32,
                                                           output_loading_info=True, **which)
@@ -382,8 +378,7 @@ def _check_given(file, given, shapes):
         if k in shapes and k not in OPTIONS:
             if v not in (shapes[k], -1, None):
                 raise ValueError(f"{file} has {k} {shapes[k]!r} by its shapes, its configuration says {v!r}: they "
-                                 f"belong to "
-                                 "different models")
+                                 "belong to different models")
         elif k in ONLY:
             if v != ONLY[k]: raise ValueError(f"{file} has {k} {v!r}, which is not supported: only {ONLY[k]!r} is")
         elif k not in (*OPTIONS, *SILENT, "normalization"):

@@ -44,8 +44,7 @@ def ask_model(
     if not batch.scored.any(): raise ValueError(f"{task.name} asks for no answer: name a task that does with --task")
     if batch.tokens.max() >= model.cfg.d_vocab:
         raise ValueError(f"{task.name} has token {batch.tokens.max()}, this model has {model.cfg.d_vocab}: the "
-                         f"vocabulary "
-                         "does not fit")
+                         "vocabulary does not fit")
     logits, answers = model(batch.tokens, position_ids=batch.positions)[batch.scored], batch.targets[batch.scored]
     if answers.max() >= logits.shape[-1]:
         raise ValueError(f"{task.name} answers {answers.max()}, this model ends before")
@@ -135,8 +134,7 @@ def answer_token(
         counts.append(len(whole) - len(before))
     if not counts: raise ValueError(f"{where}: {answer!r} has no token")
     raise ValueError(f"{where}: {answer!r} behind its prompt is {counts[-1]} tokens, an answer is one: ask for "
-                     f"its first "
-                     "token, or for another answer")
+                     "its first token, or for another answer")
 
 def _variables(o, length, where):
     "Name to position and value."

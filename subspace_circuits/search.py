@@ -278,8 +278,7 @@ def _check_sum(model, site, heads, parts, seen):
     gap = (total - seen[site]).abs().max().item()
     if gap > 1e-3*seen[site].abs().max().item():
         raise ValueError(f"what components of this model write is not its stream at {site}, it differs by "
-                         f"{gap:.2g}: who "
-                         "wrote what cannot be read; partition without --model")
+                         f"{gap:.2g}: who wrote what cannot be read; partition without --model")
 
 @torch.no_grad()
 def written(

@@ -191,8 +191,7 @@ def read_documents(
     file, kind = Path(source), text_format(source)
     if kind is None or not file.is_file():
         raise ValueError(f"no text in {file}: pass a {', '.join(list(FORMATS)[:3])} file that exists (or one of "
-                         f"them with "
-                         ".gz), or hf: and the name of a data set")
+                         "them with .gz), or hf: and the name of a data set")
     return filter(None, FORMATS[kind](file, field))
 
 # %% ../nbs/01b_text.ipynb #ids

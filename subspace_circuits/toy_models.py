@@ -402,8 +402,7 @@ def load_weights(
                              f"the file was written with")
     if extra := sorted(stored.keys() - ours.keys()):
         raise ValueError(f"{file} holds {', '.join(extra[:3])}, which its configuration has no place for: make "
-                         f"the model "
-                         "with the configuration the file was written with")
+                         "the model with the configuration the file was written with")
     for k, v in ours.items(): v.data.copy_(stored[k])
 
 # %% ../nbs/00_toy_models.ipynb #model-configs

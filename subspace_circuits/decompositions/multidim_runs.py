@@ -103,8 +103,7 @@ def _modular(settings):
     else: model, task = open_model(name, **settings["open"])[0], new_task(**settings["task"])
     if not isinstance(task, Sum):
         raise ValueError(f"{name} is no model of a sum modulo a number but of {task.name}: use modular_addition or "
-                         f"weekdays, or "
-                         "words: days for a language model")
+                         "weekdays, or words: days for a language model")
     return model, sum_prompts(task, settings["terms"])
 
 
