@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run lab test readme assets figure docs clean
+.PHONY: help run lab test faults readme assets figure docs clean
 .DELETE_ON_ERROR:
 
 ACTIVATE = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -20,6 +20,9 @@ PAGES = nbdev_test --n_workers 2 --do_print
 test: .venv/.installed  ## every notebook's cells but those marked slow or long, then pytest
 	@$(ACTIVATE) OMP_NUM_THREADS=1 $(PAGES)
 	@$(ACTIVATE) OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal tests
+
+faults: .venv/.installed  ## kill jobs and damage files at random (ARGS='--kills N --mutations N --seed N'; about an hour)
+	@$(ACTIVATE) OMP_NUM_THREADS=1 python tests/faults.py $(ARGS)
 
 readme: .venv/.installed  ## README.md from nbs/index.ipynb
 	@.venv/bin/python .ci/readme.py

@@ -33,6 +33,7 @@ from .closed_form import closed_form
 from .edges import (
     Moments, PartitionedModel, average_precision, block_energy, check_partitions, embed_edges, identity, neurons,
     planted_partitions, score_edges, seen_by, unembed_edges)
+from .files import read_json_lines
 from .forward import Weights, circuit_sites, read_site, write_site
 from .growth import learn_partition
 from .keep_only import Judge, KeepOnly
@@ -471,11 +472,7 @@ OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in _halved_and_doubled.items() f
 
 def read_grades(file:Path)->list[dict]: # As `compare_methods` gives them
     "Read the grades that `compare_methods` kept, one in a line."
-    try: rows = [json.loads(o) for o in file.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, OSError): rows = [None]
-    if not all(isinstance(o, dict) and {"family", "seed", "learner", "method", "strict"} <= o.keys() for o in rows):
-        raise ValueError(f"{file} holds something else than grades, one in a line: name another file")
-    return rows
+    return read_json_lines(file, dict(family=str, seed=int, learner=str, method=str, strict=dict), "name another file")
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #compare-one
 def _isolation_counts(known, sites, measured, homes):
@@ -523,7 +520,8 @@ def compare_methods(
         mine = [o for o in held if (o["family"], o["seed"], o["learner"]) == job and o["method"] in methods]
         if {o["method"] for o in mine} != set(methods):
             mine = list(_compare_one(*job, methods))
-            if kept: kept.open("a").writelines(json.dumps(o) + "\n" for o in mine)
+            if kept:
+                with kept.open("a", encoding="utf-8") as f: f.writelines(json.dumps(o) + "\n" for o in mine)
         rows += mine
     return rows
 

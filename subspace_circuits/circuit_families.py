@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .known_circuits import (
     BETA, DECOYS, KnownCircuit, Neurons, Plan, Stream, add_decoys, circle_codes, fit_map, frame,
     induction, key_edges, lookup, plant_plan, random_orders, staircase, table_batch)
+from .toy_models import n_threads
 
 # %% ../nbs/00e_circuit_families.ipynb #plant
 FAMILIES = {"induction": (induction, .003)} # Name to planner, and to the noise it is planted with
@@ -32,8 +33,9 @@ def plant(
     if family not in FAMILIES: raise ValueError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
     planner, usual = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
-    known = plant_plan(planner(generator, **sizes), generator, decoys, usual if noise is None else noise, certified,
-                       tilt, scale, norm, d_model)
+    with n_threads(1): # sums of several threads round otherwise, and would make another model of each machine
+        known = plant_plan(planner(generator, **sizes), generator, decoys, usual if noise is None else noise, certified,
+                           tilt, scale, norm, d_model)
     known.info = dict(seed=seed) | known.info
     return known
 

@@ -25,7 +25,7 @@ from .activations import fingerprint, read_sites
 from .circuits import find_circuit, skip_shares
 from .edges import Moments, PartitionedModel, check_partitions
 from .explorer import readable
-from .files import check_free, read_json, write_json, write_text
+from .files import check_output, read_json, write_json, write_text
 from .suites import read_partitions
 from .own_tasks import open_job
 from .toy_models import Task
@@ -611,9 +611,8 @@ def write_circuit(
     "Find a model's circuit between given partitions and write it as JSON, with GraphML and a figure beside it."
     out = Path(out)
     drawn, table = out.with_suffix(".html"), out.with_suffix(".graphml")
-    for o, kind in ((out, "circuit"), (drawn, "circuit figure"), (table, "circuit graph")): check_free(o, kind)
-    if out.suffix != ".json" or not out.parent.is_dir():
-        raise ValueError(f"{out}: name a .json file in a folder that exists")
+    for o, kind, end in ((out, "circuit", ".json"), (drawn, "circuit figure", ".html"),
+                         (table, "circuit graph", ".graphml")): check_output(o, kind, end)
     _check_address(explorer)
     model, task, _ = open_job(source, data, task)
     cuts = read_partitions(partitions)

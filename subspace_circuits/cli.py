@@ -1,10 +1,45 @@
 "The command line: one verb a stage; each only calls the modules."
-import json, re, sys, traceback
+import inspect, json, math, os, re, signal, sys, threading, traceback
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, get_args, get_type_hints
 
 import typer
+import typer.core
+
+
+class Checked(typer.core.TyperCommand):
+    "A command that takes no empty value, and no number but in plain digits that a machine holds."
+    def parse_args(self, ctx, args):
+        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        types = get_type_hints(inspect.unwrap(self.callback)) # as written: typer's own name for them changes
+        for o in self.params:
+            values, named = given.get(o.name), o.opts[0] if o.opts[0].startswith("-") else o.name
+            for v in values if isinstance(values, list | tuple) else [values]:
+                if isinstance(v, str):
+                    bounds = [getattr(o, k, getattr(getattr(o, "type", None), k, None)) for k in ("min", "max")]
+                    check_value(named, types.get(o.name, str), v, *bounds)
+        return super().parse_args(ctx, args)
+
+
+MOST = 2**31 - 1 # Of every whole number: no count of sequences, rows or steps that a machine could go through is larger
+
+
+def check_value(name: str, of, value: str, least: float | None = None, most: float | None = None):
+    "Refuse a value before it is taken for what it is not."
+    kinds = (of, *get_args(of))
+    if not value.strip(): raise ValueError(f"{name} is empty: give it a value, or leave it out")
+    if int in kinds and not (re.fullmatch("[+-]?[0-9]{1,10}", value) and abs(int(value)) <= MOST):
+        raise ValueError(f"{name} {value[:40]!r} is no whole number up to {MOST}: write it in digits 0 to 9")
+    if float in kinds and not re.fullmatch(r"[+-]?[0-9]*\.?[0-9]+(e[+-]?[0-9]{1,2})?", value):
+        raise ValueError(f"{name} {value[:40]!r} is no number: write it as 0.05")
+    if {int, float} & set(kinds):
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        if not low <= float(value) <= high:
+            said = f"at least {least}" if most is None else f"at most {most}" if least is None else f"{least} to {most}"
+            raise ValueError(f"{name} {value}: use a number of {said}")
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Which subspaces of a transformer carry which variable, and how the weights move them.")
@@ -27,8 +62,8 @@ AsTask = Annotated[Optional[str],
 
 def figures_file(file: Optional[Path]) -> Optional[Path]:
     "Refuse, before anything is measured, a file that no benchmark wrote."
-    from subspace_circuits.files import check_free
-    if file: check_free(file, "figures")
+    from subspace_circuits.files import check_output
+    if file: check_output(file, "figures", ".json")
     return file
 
 
@@ -37,7 +72,7 @@ AsJson = Annotated[Optional[Path], typer.Option("--json", callback=figures_file,
                                                      "replaced.")]
 
 
-@app.command()
+@app.command(cls=Checked)
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "List every model whose answer is known: trained and bundled, planted on demand, and toys trained on demand."
     listed = json.loads((Path(__file__).parent/"models"/"listing.json").read_text(encoding="utf-8"))
@@ -50,7 +85,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
               + (f"; accuracy {score}" if score else ""))
 
 
-@app.command()
+@app.command(cls=Checked)
 def run(model: Annotated[str,
                          typer.Argument(help="A bundled model, planted- and a family, or a folder, file or hub id; one "
                                              "over symbols is asked what it does if --task does not "
@@ -76,7 +111,7 @@ def key_line(circuit: dict, partition: dict) -> str:
             f"circuit {exact}, strict average precision {circuit['strict_average_precision']:.2f}")
 
 
-@app.command()
+@app.command(cls=Checked)
 def capture(model: Annotated[str,
                              typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or "
                                                  "a hub id.")], *, out: Out, seed: Seed = 0,
@@ -106,7 +141,7 @@ def capture(model: Annotated[str,
     among processes."""
     from subspace_circuits.activations import capture, ranks, stream_sites
     from subspace_circuits.own_tasks import open_job
-    if lengths and not re.fullmatch(r"\d+-\d+", lengths):
+    if lengths and not re.fullmatch("[0-9]{1,9}-[0-9]{1,9}", lengths):
         raise ValueError(f"lengths {lengths!r}: write the shortest and the longest, as 0-50")
     bounds = tuple(map(int, lengths.split("-"))) if lengths else None
     if resume and not (out/"store.json").exists():
@@ -120,7 +155,7 @@ def capture(model: Annotated[str,
     print(f"{len(store)} rows of {len(store.sites)} sites in {out}{windows}")
 
 
-@benchmark.command("models")
+@benchmark.command("models", cls=Checked)
 def benchmark_models(*, quick: Annotated[bool,
                                          typer.Option("--quick", help="One family: a check that it runs.")] = False,
                      as_json: AsJson = None):
@@ -130,7 +165,7 @@ def benchmark_models(*, quick: Annotated[bool,
     _print_figures(benchmark_models(*((("induction",),) if quick else ())), as_json)
 
 
-@benchmark.command("neighbors")
+@benchmark.command("neighbors", cls=Checked)
 def benchmark_neighbors(threads: Annotated[int, typer.Option(min=1, help="Of torch and of faiss.")] = 1, *,
                         quick: Annotated[bool, typer.Option("--quick", help="Few rows: a check that it runs.")] = False,
                         as_json: AsJson = None):
@@ -141,7 +176,7 @@ def benchmark_neighbors(threads: Annotated[int, typer.Option(min=1, help="Of tor
                    as_json)
 
 
-@benchmark.command("store")
+@benchmark.command("store", cls=Checked)
 def benchmark_store(model: Annotated[Optional[str],
                                      typer.Option(help="A small model for the first bar, e.g. a folder of "
                                                        "stories260K; one of its shape with random weights if not "
@@ -175,7 +210,7 @@ def _write_figures(file: Optional[Path], figures: list | dict):
     if file: write_json(file, dict(figures=figures), "figures")
 
 
-@benchmark.command("partition")
+@benchmark.command("partition", cls=Checked)
 def benchmark_partition(*, quick: Annotated[bool,
                                             typer.Option("--quick",
                                                          help="Few toys and circuits, no wide mixture: a check that "
@@ -188,7 +223,7 @@ def benchmark_partition(*, quick: Annotated[bool,
     _print_figures(benchmark_partition(quick, seeds), as_json)
 
 
-@benchmark.command("circuits")
+@benchmark.command("circuits", cls=Checked)
 def benchmark_circuits(*, seeds: Annotated[int,
                                            typer.Option(min=1,
                                                         help="Of each planted family, and random models of each "
@@ -211,7 +246,7 @@ def benchmark_circuits(*, seeds: Annotated[int,
                                       **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
 
 
-@benchmark.command("evaluation")
+@benchmark.command("evaluation", cls=Checked)
 def benchmark_evaluation(*, quick: Annotated[bool, typer.Option(
         "--quick", help="One planted circuit and few prompts: a check that it runs.")] = False, as_json: AsJson = None):
     """Time patching on GPT-2 small's shape; test planted carriers, and learned subspaces against the supervised bound;
@@ -220,7 +255,7 @@ def benchmark_evaluation(*, quick: Annotated[bool, typer.Option(
     _print_figures(benchmark_gpt2(2 if quick else 16) + benchmark_trained(1 if quick else 3), as_json)
 
 
-@benchmark.command("preimages")
+@benchmark.command("preimages", cls=Checked)
 def benchmark_preimages(model: Annotated[Optional[str],
                                          typer.Option(help="A model that speaks for itself, e.g. a folder of "
                                                            "stories260K; one of its shape with random weights if not "
@@ -235,7 +270,7 @@ def benchmark_preimages(model: Annotated[Optional[str],
     _print_figures(benchmark_preimages(model, rows, quick, store), as_json)
 
 
-@benchmark.command("speed")
+@benchmark.command("speed", cls=Checked)
 def benchmark_speed(reference: Annotated[Path,
                                          typer.Option(help="A checkout of the public SubspacePartition repository; "
                                                            "imported, never written to.")], *,
@@ -263,7 +298,7 @@ def benchmark_speed(reference: Annotated[Path,
     _write_figures(as_json, figures)
 
 
-@benchmark.command("parameters")
+@benchmark.command("parameters", cls=Checked)
 def benchmark_parameters(*, reference: Annotated[Optional[Path],
                                                  typer.Option(help="A checkout of the public APD repository, to time "
                                                                    "its steps beside ours; imported, never written "
@@ -279,7 +314,7 @@ def benchmark_parameters(*, reference: Annotated[Optional[Path],
     _print_figures(benchmark_parameters(reference, log, quick), as_json)
 
 
-@benchmark.command("multidimensional")
+@benchmark.command("multidimensional", cls=Checked)
 def benchmark_multidimensional(*, reference: Annotated[Optional[Path],
                                                        typer.Option(help="A checkout of the public repository "
                                                                          "MultiDimensionalFeatures, to time its "
@@ -298,7 +333,7 @@ def benchmark_multidimensional(*, reference: Annotated[Optional[Path],
     _print_figures(benchmark_multidimensional(reference, model, quick), as_json)
 
 
-@app.command()
+@app.command(cls=Checked)
 def partition(store: Annotated[Path, typer.Argument(help="A folder written by capture.")], *,
               site: Annotated[str, typer.Option(help="Hook names or patterns, separated by commas.")],
               out: Annotated[Path, typer.Option(metavar="DIR",
@@ -347,6 +382,8 @@ def partition(store: Annotated[Path, typer.Argument(help="A folder written by ca
             for o, folder in folders.items() if not overwrite}
     todo = [o for o in folders if kept.get(o) is None]
     rows = from_position(acts, skip_first) if todo else None
+    if rows is not None and not rows.any():
+        raise ValueError(f"--skip-first {skip_first} leaves none of {len(acts)} rows: leave out fewer positions")
     quiet = rows.clone() if model and todo else None # what components wrote is asked of rows that are not set aside
     for o in todo if quiet is not None and not keep_massive else ():
         quiet[rows.nonzero()[:, 0][massive_rows(acts[o][rows])[0]]] = False
@@ -376,7 +413,7 @@ def _kept_partition(folder: Path, site: str, method: str, seed: int, weights: st
                      f"{old.info.get('seed')}: name another folder, or pass --overwrite")
 
 
-@app.command()
+@app.command(cls=Checked)
 def circuit(model: Annotated[str,
                              typer.Argument(help="A bundled model, planted- and a family, a folder, a weight file, or "
                                                  "a hub id.")], *,
@@ -409,7 +446,7 @@ def circuit(model: Annotated[str,
     print(f"{len(rows)} edges: {out}, {out.with_suffix('.graphml').name}, {out.with_suffix('.html').name}")
 
 
-@app.command()
+@app.command(cls=Checked)
 def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")],
          second: Annotated[Path, typer.Argument(help="Another.")], *,
          out: Annotated[Optional[Path], typer.Option(metavar="FILE.html",
@@ -418,8 +455,8 @@ def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")],
          overwrite: Overwrite = False):
     "What two circuits have in common, and what only one of them has."
     from subspace_circuits.circuit_graph import diff_circuits, diff_figure, read_circuit, three_digits, write_figure
-    from subspace_circuits.files import check_free
-    if out: check_free(out, "comparison", overwrite)
+    from subspace_circuits.files import check_output
+    if out: check_output(out, "comparison", ".html", overwrite)
     one, two = read_circuit(first), read_circuit(second)
     rows = diff_circuits(one, two, least)
     for o in rows:
@@ -431,7 +468,7 @@ def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")],
     if out: write_figure(diff_figure(one, two, least), out, f"{first} and {second}", "comparison")
 
 
-@app.command()
+@app.command(cls=Checked)
 def evaluate(suite: Annotated[str,
                               typer.Argument(help="ioi, greater-than, knowledge-conflict, carriers or "
                                                   "mutual-information.")],
@@ -457,7 +494,7 @@ def evaluate(suite: Annotated[str,
              seed: Seed = 0, overwrite: Overwrite = False):
     "Test causally which subspace carries a variable."
     from subspace_circuits.suites import evaluate, summary_lines
-    if layers and not re.fullmatch(r"[\w-]+=\d+(,[\w-]+=\d+)*", layers):
+    if layers and not re.fullmatch(r"[\w-]+=[0-9]{1,6}(,[\w-]+=[0-9]{1,6})*", layers):
         raise ValueError(f"layers {layers!r}: write a test and a layer, as test1=0,test2=0")
     depth = {k: int(v) for k, v in (o.split("=") for o in layers.split(","))} if layers else None
     for line in summary_lines(evaluate(suite, model, partitions, out, facts, prompts, depth, supervised, seed,
@@ -466,7 +503,7 @@ def evaluate(suite: Annotated[str,
     print(f"figure: {out.with_suffix('.html')}")
 
 
-@app.command()
+@app.command(cls=Checked)
 def decompose(method: Annotated[str, typer.Argument(help="apd, spd or vpd: a network's weights as a sum of components; "
                                                          "multidim: circles in a model, irreducible clusters of a "
                                                          "dictionary, or irreducible subspaces.")],
@@ -493,7 +530,7 @@ def decompose(method: Annotated[str, typer.Argument(help="apd, spd or vpd: a net
     print(f"report: {out/'report.html'}")
 
 
-@app.command()
+@app.command(cls=Checked)
 def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, or one with a store and partitions.")],
             *,
             port: Annotated[int, typer.Option(min=0, max=65535,
@@ -501,7 +538,7 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
             static: Annotated[Optional[Path],
                               typer.Option(metavar="FILE.html",
                                            help="Write one offline page with chosen queries instead.")] = None,
-            queries: Annotated[int, typer.Option(min=1, help="Rows in the offline page.")] = 6,
+            queries: Annotated[int, typer.Option(min=1, max=1000, help="Rows in the offline page.")] = 6,
             text: Annotated[Optional[list[str]],
                             typer.Option(help="A text in the offline page; may be repeated.")] = None,
             shading: Annotated[str,
@@ -510,9 +547,11 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
             model: Annotated[Optional[str], typer.Option(help="The model, if the run does not name it.")] = None,
             seed: Seed = 0, overwrite: Overwrite = False):
     "See what each subspace of a run sees, on a page of this machine or in a file."
-    from subspace_circuits.files import check_free, write_text
+    from subspace_circuits.files import check_output, write_text
     from subspace_circuits.explorer import chosen_rows, open_run, start_server, static_page
-    if static: check_free(static, "explorer", overwrite)
+    if static: check_output(static, "explorer", ".html", overwrite)
+    elif unused := [k for k, v in dict(text=text, queries=queries != 6, shading=shading != "frozen").items() if v]:
+        raise ValueError(f"--{unused[0]} is for the offline page: pass --static FILE.html, or leave it out")
     shadings = tuple(o for o in shading.split(",") if o != "none")
     if bad := set(shadings) - {"frozen", "free"}:
         raise ValueError(f"unknown shading {min(bad)!r}: use frozen, free, both separated by a comma, or none")
@@ -527,27 +566,52 @@ def explore(run: Annotated[Path, typer.Argument(help="A folder written by run, o
     except KeyboardInterrupt: server.stop()
 
 
-# What memory, disk and the system refuse is no bug of ours: how their errors begin, and what to do about it.
-REFUSED = {"not enough memory": "shorter sequences (--lengths) or fewer at once (--sequences) take less",
-           "can't allocate memory": "shorter sequences (--lengths) or fewer at once (--sequences) take less",
-           "out of memory": "shorter sequences (--lengths) or fewer at once (--sequences) take less"}
+# What memory and the system refuse is no bug of ours: how their errors begin, and what to do about it.
+LESS = "memory does not suffice: shorter sequences (--lengths) or fewer at once (--sequences) take less"
+REFUSED = ("not enough memory", "can't allocate memory", "out of memory", "invalid buffer size",
+           "storage size calculation overflowed", "array is too big", "unable to allocate")
+
+
+@contextmanager
+def ended_by_signals():
+    "Let the system's wish that this process ends do what Ctrl-C does: leave what can be continued."
+    def end(number, frame): raise KeyboardInterrupt(number)
+    numbers = [signal.SIGTERM, signal.SIGHUP] if hasattr(signal, "SIGHUP") else [signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread(): numbers = []
+    before = {o: signal.signal(o, end) for o in numbers if signal.getsignal(o) == signal.SIG_DFL}
+    try: yield
+    finally:
+        for k, v in before.items(): signal.signal(k, v)
 
 
 def main():
-    """Exit 2 with one line for what the user, memory or disk refuses; a bug of ours shows its traceback, says where to
-    report it, and exits 1."""
-    try: app()
-    except KeyboardInterrupt: sys.exit(fail("interrupted: the same command continues where it stopped", 130))
+    """Exit 2 with one line for what the user, memory or disk refuses, 130 where it was interrupted; a bug of ours shows
+    its traceback, says where to report it, and exits 1."""
+    for o in (sys.stdout, sys.stderr): # a terminal that cannot show a sign shows its code
+        if hasattr(o, "reconfigure"): o.reconfigure(errors="backslashreplace")
+    interrupted = "interrupted: the same command continues where it stopped"
+    try:
+        with ended_by_signals():
+            if app(standalone_mode=False) == 130: sys.exit(fail(interrupted, 130)) # as typer hands on Ctrl-C
+    except KeyboardInterrupt: sys.exit(fail(interrupted, 130))
     except Exception as e:
+        if hasattr(e, "format_message"): sys.exit(misused(e))
         from subspace_circuits.files import raised_here, reason
         if raised_here(e): sys.exit(fail(e))
+        if isinstance(e, BrokenPipeError): # who reads has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         if isinstance(e, OSError): sys.exit(fail(f"{reason(e)}: make room, or name a place that can be written"))
-        memory = next((v for k, v in REFUSED.items() if k in str(e).lower()), None) or (
-            REFUSED["out of memory"] if isinstance(e, MemoryError) else None)
-        if memory: sys.exit(fail(f"memory does not suffice: {memory}"))
+        if isinstance(e, MemoryError) or any(o in str(e).lower() for o in REFUSED): sys.exit(fail(LESS))
         traceback.print_exc()
         sys.exit(fail("this is a bug of ours: please report the lines above at "
                       "https://github.com/subspace-circuits/subspace_circuits/issues", 1))
+
+
+def misused(e) -> int:
+    "What a command line cannot mean, in one line; the help where nothing was asked."
+    if not (said := " ".join(e.format_message().split())) or "Usage:" in said: return e.show() or e.exit_code
+    return fail(said[0].lower() + said[1:], e.exit_code)
 
 
 def fail(message, code: int = 2) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from subspace_circuits.activations import ActivationStore, check_model, given, read_sites
-from subspace_circuits.files import read_json
+from subspace_circuits.files import for_browser, read_json
 from subspace_circuits.models import open_model
 from subspace_circuits.partition import Partition
 from subspace_circuits.preimages import (
@@ -182,7 +182,7 @@ def render_page(about:dict)->str: # From the explorer, with a mode: live, file o
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
                              lstrip_blocks=True)
-    return env.get_template("explorer.html.jinja").render(about=about, script=script, digest=digest)
+    return env.get_template("explorer.html.jinja").render(about=for_browser(about), script=script, digest=digest)
 
 
 def _about(explorer, mode, **more):
@@ -246,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         try: status, answer = 200, self._answer(url.path, dict(parse_qsl(url.query, keep_blank_values=True)))
         except ValueError as e: status, answer = 400, dict(error=str(e))
         if isinstance(answer, str): return self._send(status, answer.encode(), "text/html")
-        self._send(status, json.dumps(answer).encode(), "application/json")
+        self._send(status, json.dumps(for_browser(answer), allow_nan=False).encode(), "application/json")
 
     def _answer(self, path, given):
         explorer, rows = self.explorer, given.pop("rows", "")
@@ -388,7 +388,8 @@ def _glance(explorer, asked, query, k=20):
         z = query.coordinates[name]
         if asked["metric"] == "cosine" and not z.norm() > 0: continue
         near = search_index(index, z, k, asked["metric"], query.out).row
-        out[name] = {o: round((explorer.columns[o][near] == v).float().mean().item(), 3) for o, v in values.items()}
+        if len(near): # none in a store of one document: a query's own is left out
+            out[name] = {o: round((explorer.columns[o][near] == v).float().mean().item(), 3) for o, v in values.items()}
     return out
 
 

@@ -7,17 +7,15 @@ __all__ = ['WEIGHTS', 'NEEDED', 'GAP', 'HEADER', 'OPTIONS', 'ONLY', 'SILENT', 'f
            'PieceTokenizer']
 
 # %% ../nbs/01a_models.ipynb #imports
-import copy, heapq, json, math, struct, warnings, zipfile
+import copy, heapq, math, struct, warnings, zipfile
 from difflib import get_close_matches
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .files import foreign, reason
+from .files import foreign, read_json_of_others, reason
 from .activations import given, read_sites, stream_sites
 from .toy_models import MODELS, Tokenizer, closest_first, load_model, model_configs
 
@@ -27,10 +25,7 @@ def folder_config(
 )->dict: # Nothing of a file
     "What `config.json` says, nothing if there is none."
     if not (path/"config.json").exists(): return {}
-    try: about = json.loads((path/"config.json").read_text(encoding="utf-8-sig"))
-    except ValueError: raise ValueError(f"{path/'config.json'} is no JSON: fetch the folder again") from None
-    if not isinstance(about, dict): raise ValueError(f"{path/'config.json'} is no JSON object: fetch the folder again")
-    return about
+    return read_json_of_others(path/"config.json", "fetch the folder again", finite=False)
 
 WEIGHTS = (".bin", ".safetensors", ".pth", ".pt", ".gguf")
 
@@ -326,14 +321,13 @@ def _open_llama2c(file):
 # %% ../nbs/01a_models.ipynb #tensors
 def _tensors(file):
     "The tensors of a safetensors or PyTorch file; nothing in it is executed."
-    try:
-        if file.suffix != ".safetensors" and not zipfile.is_zipfile(file):
-            raise RuntimeError("no archive of torch.save, or cut short")
+    saved = "what torch.save(model.state_dict(), file) wrote"
+    if file.suffix != ".safetensors" and not zipfile.is_zipfile(file):
+        raise ValueError(f"{file} cannot be read as tensors, it is no archive of torch.save, or cut short: pass "
+                         f"{saved}")
+    with foreign(f"{file} cannot be read as tensors", f"pass .safetensors, or {saved}"):
         state = (load_file(file) if file.suffix == ".safetensors"
                  else torch.load(file, map_location="cpu", weights_only=True))
-    except (RuntimeError, SafetensorError, UnpicklingError) as e:
-        raise ValueError(f"{file} cannot be read as tensors ({reason(e)}): pass .safetensors, or what "
-                         "torch.save(model.state_dict(), file) wrote") from None
     if not isinstance(state, dict) or not all(isinstance(o, Tensor) for o in state.values()):
         raise ValueError(f"{file} holds more than named tensors: pass what torch.save(model.state_dict(), file) wrote")
     return state

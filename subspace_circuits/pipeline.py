@@ -1,8 +1,6 @@
 """The main job: a model with a task, from activations to subspaces to a circuit to a report, in a folder that can be
 resumed. `run` is the whole of it; what it calls stands below it, in the order in which it is called."""
 import math, resource, sys, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -16,7 +14,8 @@ from subspace_circuits.circuits import find_circuit
 from subspace_circuits.dependence import determination, subspace_information
 from subspace_circuits.edges import Moments, PartitionedModel
 from subspace_circuits.explorer import readable
-from subspace_circuits.files import check, kind_of, left_over, read_json, remove, sha256, walk, write_json
+from subspace_circuits.files import (
+    check, kind_of, left_over, one_writer, read_json, remove, sha256, walk, write_json)
 from subspace_circuits.forward import Weights, circuit_sites, parallel
 from subspace_circuits.growth import grow_partition, learn_partition
 from subspace_circuits.keep_only import KeepOnly, divergence
@@ -31,6 +30,7 @@ from subspace_circuits.search import stored_sequences, written
 from subspace_circuits.tasks import PairTask
 from subspace_circuits.text import open_planted
 from subspace_circuits.toy_models import Task, accuracy, attention, head_scores, load_model
+from subspace_circuits.workers import in_workers
 
 __all__ = ["run"]
 
@@ -39,7 +39,8 @@ __all__ = ["run"]
 JSONS = dict(config="run", metrics="metrics", partitions="evidence", circuit="circuit", attention="attention",
              control="control", seconds="seconds", files="files")
 RUN = {f"{k}.json": v for k, v in JSONS.items()} | {
-    "report.html": "report", "store": STORE, "control": STORE, "partitions": {"*": PARTITION}, "index": {"*": INDEX}}
+    "report.html": "report", "writer.pid": "lock", "store": STORE, "control": STORE, "partitions": {"*": PARTITION},
+    "index": {"*": INDEX}}
 
 
 def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bool = False,
@@ -51,7 +52,17 @@ def run(name: str, out: Path, seed: int = 0, overwrite: bool = False, resume: bo
     out, sites = Path(out), run_sites(model, known)
     job = dict(model=name, seed=seed, asked=asked, version=__version__, model_sha256=fingerprint(model), task=task.name,
                n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads, d_model=model.cfg.d_model, sites=sites)
-    if claim(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
+    if not overwrite and (out/"files.json").exists() and claim(out, job, overwrite, resume):
+        return read_json(out/"metrics.json", "metrics") # nothing is written: the folder may be one that cannot be
+    if resume: check_resumable(out)
+    with one_writer(out):
+        if claim(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
+        return carry_out(out, job, model, task, known, answered)
+
+
+def carry_out(out: Path, job: dict, model, task: Task, known: KnownCircuit | None, answered: Asked | None) -> dict:
+    "Every stage that a claimed folder lacks; the metrics."
+    name, seed, sites = job["model"], job["seed"], job["sites"]
     clock = Clock(out/"seconds.json")
     with clock("capture"):
         store = capture(model, read_by(model, task), sites, out/"store", sequences=sequences_of(task), seed=seed)
@@ -108,14 +119,20 @@ def sequences_of(task: Task, shards: int = 6, rows: int = 30_000) -> int:
     return max(128, math.ceil(rows/shards/real))
 
 
+def check_resumable(out: Path):
+    "Refuse to continue what was not begun."
+    if not (out/"config.json").exists():
+        raise ValueError(f"nothing to resume in {out}: it holds no run; leave out --resume to start one")
+
+
 def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
-    "Make or check the run folder; True if it already holds this run, finished."
+    "Make or check the run folder, which this process has locked; True if it already holds this run, finished."
     file = out/"config.json"
     if overwrite: remove(out, RUN)
-    if resume and not file.exists():
-        raise ValueError(f"nothing to resume in {out}: it holds no run; leave out --resume to start one")
+    if resume: check_resumable(out)
     if not file.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        held = [o for o in out.iterdir() if o.name != "writer.pid" and not left_over(o)] if out.is_dir() else [out]
+        if out.exists() and held:
             raise ValueError(f"{out} holds something else: name an empty or a new folder")
         out.mkdir(parents=True, exist_ok=True)
         write_json(file, job, "run")
@@ -182,12 +199,7 @@ def partition_sites(name: str, out: Path, job: dict) -> dict[str, Partition]:
     jobs = [(partition_site, (name, str(out), o, seed, asked)) for o in sites
             if not (folder_of(out, o)/"partition.json").exists()]
     if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed, asked)))
-    if jobs:
-        pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-        try:
-            done = as_completed([pool.submit(f, *args) for f, args in jobs])
-            for o in tqdm(done, total=len(jobs), desc="partition, and control"): o.result()
-        finally: pool.shutdown(cancel_futures=True)
+    if jobs: list(tqdm(in_workers(jobs), total=len(jobs), desc="partition, and control"))
     return {o: own_partition(out, o, seed, job["model_sha256"]) for o in sites}
 
 
@@ -330,7 +342,7 @@ def write_metrics(out: Path, model, task, evidence: dict, scores: dict, counts: 
 
 def list_files(out: Path):
     "List every file of a finished run by its hash."
-    listed = [o for o, ours in walk(out, RUN) if ours and out/"index" not in o.parents]
+    listed = [o for o, ours in walk(out, RUN) if ours and out/"index" not in o.parents and kind_of(o) != "lock"]
     write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import (
-    ActivationStore, AllRead, as_float, check_origin, given, one_writer, read_sites)
-from .files import check, comment, damaged, mark, owned, read_json, replacing, sha256, write_json
+    ActivationStore, AllRead, as_float, check_origin, given, read_sites)
+from .files import (
+    check, comment, damaged, mark, one_writer, owned, read_json, replacing, reserve, sha256, write_json)
 from .neighbors import exact_faiss, nearest_neighbors
 from .partition import Partition
 from .toy_models import Batch
@@ -52,7 +53,7 @@ def _allocate(file, sizes, rows):
     head, _, size = _layout(sizes, rows)
     with replacing(file, "coordinates") as part, part.open("wb") as f:
         f.write(head)
-        f.truncate(len(head) + size)
+        reserve(f, len(head) + size) # a full disk says so here, and does not end the process that fills the file in
 
 def _writable(file, sizes, rows):
     "The tensors of such a file, as arrays that write through."

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from subspace_circuits.circuit_graph import (
     EDGE_WORDS, edge_rows, layout, read_circuit, score_words, site_depth, three_digits)
-from subspace_circuits.files import read_json, write_text
+from subspace_circuits.files import for_browser, read_json, write_text
 
 __all__ = ["write_report"]
 
@@ -22,7 +22,7 @@ def write_report(run: Path) -> Path:
 
 def read(file: Path, kind: str) -> dict:
     "A JSON file of a run, NaN read as None; empty if it is missing."
-    return json.loads(json.dumps(read_json(file, kind)), parse_constant=lambda o: None) if file.is_file() else {}
+    return for_browser(read_json(file, kind)) if file.is_file() else {}
 
 
 def render(config: dict, metrics: dict, partitions: dict, attention: dict, circuit: dict) -> str:

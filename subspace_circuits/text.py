@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'generate', 'Samples', 'json_lines', 'text_format', 'read_
            'cut_windows', 'TextTask', 'open_planted', 'open_task']
 
 # %% ../nbs/01b_text.ipynb #imports
-import gzip, json
+import gzip, zlib
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .activations import given
 from .circuit_families import plant
-from .files import reason, sha256
+from .files import parse_json, reason, sha256
 from .known_circuits import KnownCircuit
 from .models import PieceTokenizer, folder_config, model_path, open_model
 from .toy_models import Batch, Task, Tokenizer, UniqueCopy, load_model
@@ -110,7 +110,8 @@ def _lines(file):
     try:
         with opened(file, "rt", encoding="utf-8-sig") as lines: yield from enumerate(lines, 1)
     except UnicodeDecodeError: raise ValueError(f"{file} is not UTF-8: convert it first") from None
-    except (gzip.BadGzipFile, EOFError): raise ValueError(f"{file} is no whole .gz file: fetch it again") from None
+    except (gzip.BadGzipFile, zlib.error, EOFError):
+        raise ValueError(f"{file} is no whole .gz file: fetch it again") from None
 
 def _txt_texts(file, field="text"):
     "The documents of a .txt file."
@@ -137,7 +138,7 @@ def json_lines(
     "Read the entries of a file, one a line."
     for i, line in _lines(file):
         if not line.strip(): continue
-        try: o = json.loads(line)
+        try: o = parse_json(line, file, "")
         except ValueError: o = None
         yield f"{file}, line {i}", o
 
@@ -148,10 +149,8 @@ def _jsonl_texts(file, field="text"):
 # %% ../nbs/01b_text.ipynb #read-json
 def _json_texts(file, field="text"):
     "The documents of a .json file: a list of objects or of strings."
-    try: found = json.loads("".join(o for _, o in _lines(file)))
-    except ValueError as e:
-        if "is no" in str(e) or "is not" in str(e): raise
-        raise ValueError(f"{file} is no JSON: pass a list of objects, or .jsonl with one a line") from None
+    whole = "".join(o for _, o in _lines(file))
+    found = parse_json(whole, file, "pass a list of objects, or .jsonl with one a line")
     if not isinstance(found, list): raise ValueError(f"{file} holds no list: pass a list of objects, or .jsonl")
     for i, o in enumerate(found, 1): yield _text_of(o, field, f"{file}, entry {i}")
 

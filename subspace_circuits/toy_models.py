@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .files import read_tensors, write_tensors
+from .files import foreign, read_json_of_others, read_tensors, write_tensors
 
 # %% ../nbs/00_toy_models.ipynb #tokenizer
 class Tokenizer:
@@ -387,7 +387,7 @@ def save_model(
 ):
     "Store a model so that `load_model` rebuilds it."
     write_tensors(Path(folder)/"model.safetensors", {k: v.half() if half else v for k, v in _weights(model).items()})
-    (Path(folder)/"config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (Path(folder)/"config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/00_toy_models.ipynb #load-weights
 def load_weights(
@@ -408,7 +408,7 @@ def load_weights(
 # %% ../nbs/00_toy_models.ipynb #model-configs
 def model_configs()->dict[str, dict]: # Name to configuration
     "List the bundled models."
-    return {o.parent.name: json.loads(o.read_text()) for o in sorted(MODELS.glob("*/config.json"))}
+    return {o.parent.name: json.loads(o.read_text(encoding="utf-8")) for o in sorted(MODELS.glob("*/config.json"))}
 
 def closest_first(
     name:str, # A name that may be misspelt
@@ -426,11 +426,13 @@ def load_model(
     if not (folder/"config.json").exists():
         raise ValueError(f"unknown model {name!r}: use one of {', '.join(closest_first(name))}, or a folder with "
                          f"config.json and model.safetensors")
-    config = json.loads((folder/"config.json").read_text())
+    config = read_json_of_others(folder/"config.json", "use a folder that save_model wrote",
+                                 {"model?": dict, "task?": dict, "training?": {"lengths?": [int]}})
     if lacking := {"model", "task"} - config.keys():
         raise ValueError(f"{folder}/config.json has no {' and no '.join(sorted(lacking))}: use a folder that "
                          f"save_model wrote; open_model reads those of Hugging Face")
-    model, task = new_model(**config["model"]), new_task(**config["task"])
+    with foreign(f"{folder}/config.json makes no model", "use a folder that save_model wrote"):
+        model, task = new_model(**config["model"]), new_task(**config["task"])
     task.lengths = tuple(config.get("training", {}).get("lengths", task.lengths))
     if trained: load_weights(model, folder/"model.safetensors")
     return model.requires_grad_(False), task, config

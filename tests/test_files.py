@@ -42,10 +42,13 @@ def plain(o):
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def job(tmp_path_factory): return finished_run(tmp_path_factory.mktemp("files")/"run")
+
+
+def finished_run(run):
     """A finished run with an index, and what it is the run of; quick, with a third of the rows, subspaces in closed
     form, and a circuit chosen on a tenth of the answers."""
-    run, claimed = tmp_path_factory.mktemp("files")/"run", []
+    claimed = []
     def here(name, out, job):
         for o in job["sites"]: pipeline.partition_site(name, out, o, job["seed"])
         write_json(out/"control.json", dict(n_edges=0), "control")

@@ -83,7 +83,7 @@ def test_an_interrupted_save_leaves_nothing_that_opens(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file, content, said", [
-    ("partition.json", "{", "is no JSON"), ("partition.json", "[]", "names no site and no subspaces"),
+    ("partition.json", "{", "is no JSON"), ("partition.json", "[]", "partition.json is [], an object is needed"),
     ("partition.json", '{"site": "x"}', "names no site and no subspaces"),
     ("partition.json", '{"format": 9, "site": "site", "names": []}', "has format 9, this version reads format 1"),
     ("partition.json", '{"site": "site", "names": ["s0", "other"]}', "lacks basis.other"),
@@ -173,7 +173,7 @@ def test_sizes_that_do_not_fit(tmp_path, sizes, said):
 @pytest.mark.parametrize("config", ["{", "[5]", '{"sizes": [5]}'])
 def test_configs_of_another_content(tmp_path, config):
     (tmp_path/"c.json").write_text(config)
-    with refused('is not {"partition": [sizes]}'):
+    with refused('fetch it again, {"partition": [sizes]}'):
         read_published(write(tmp_path, {key: rotation(5)}), tmp_path/"c.json")
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from subspace_circuits.toy_models import load_model
-from subspace_circuits.activations import ActivationStore, capture, one_writer, verify
+from subspace_circuits.activations import ActivationStore, capture, verify
+from subspace_circuits.files import one_writer
 
 sites = ["blocks.0.hook_resid_mid"]
 args = dict(shards=120, sequences=16, lengths=(0, 20))
@@ -121,7 +122,7 @@ def test_what_one_rank_refuses_all_say(tmp_path):
 def test_files_that_cannot_be_written(tmp_path, whole):
     process = start(tmp_path/"full", 40_000) # shards of this capture are larger
     assert "could not be written" in process.communicate()[1]
-    assert not list((tmp_path/"full").iterdir())
+    assert not (tmp_path/"full").exists()
     model, task, _ = load_model("induction")
     assert len(capture(model, task, sites, tmp_path/"full", **args)) == len(ActivationStore(whole))
 
@@ -146,7 +147,7 @@ def test_writers_that_start_at_once(tmp_path):
     claim = """
 import sys
 from pathlib import Path
-from subspace_circuits.activations import one_writer
+from subspace_circuits.files import one_writer
 folder, got = Path(sys.argv[1]), 0
 print("ready", flush=True)
 sys.stdin.readline()

@@ -1,8 +1,7 @@
 "Every method on every planted circuit, and what scoring costs."
 import sys, time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from subspace_circuits.circuit_benchmark import (
     COLUMNS, LEARNERS, METHODS, OTHER_LIMITS, circuit, compare_methods, compare_random,
     summary_of_learners, summary_of_methods)
 from subspace_circuits.bench import figure
+from subspace_circuits.workers import in_workers
 
 
 def scoring_cost(
@@ -41,8 +41,7 @@ TOY = dict(d_model=64, n_layers=2, n_heads=1, vocabulary=40, subspaces=4, thread
 def _cost_figures():
     "What scores cost on a toy and at the size of GPT-2 small, each in a process of its own."
     for what, sizes, bar in (("toy", TOY, 1), ("GPT-2-small shape", {}, 60)):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            seconds, held = pool.submit(scoring_cost, **sizes).result()
+        (seconds, held), = in_workers([(partial(scoring_cost, **sizes), ())], 1)
         yield figure(f"{what}, scores of all edges", seconds, "s", f"below {bar}", seconds < bar)
         yield figure(f"{what}, memory of the process", held, "GB", "below 4", held < 4)
 

@@ -1,11 +1,9 @@
 "APD, SPD and VPD on the published toys beside published figures, and the steps of APD beside the public code's."
 import json, logging, sys, time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
@@ -18,11 +16,13 @@ from subspace_circuits.decompositions.parameter_metrics import (
     one_hot, per_feature, use_of)
 from subspace_circuits.decompositions.parameter_training import Trainer, make_target, read_settings
 from subspace_circuits.decompositions.parameters import masked, reconstruction
+from subspace_circuits.files import read_json_lines
 from subspace_circuits.forward import Weights, read_site
 from subspace_circuits.growth import learn_partition
 from subspace_circuits.partition import Partition, name_subspaces
 from subspace_circuits.search import written
 from subspace_circuits.text import open_task
+from subspace_circuits.workers import in_workers
 
 SEEDS = 5
 # What is run: a shipped preset, and what had to be smaller for two cores; then the least MMCS and ML2R of every seed
@@ -115,8 +115,7 @@ def _all_figures(trainer, ladder):
 def read_cases(file: Path) -> dict[str, dict]:
     "The rows of a file of JSON lines, by case."
     if not file or not Path(file).exists(): return {}
-    rows = [json.loads(o) for o in Path(file).read_text(encoding="utf-8").splitlines()]
-    return {o["case"]: o for o in rows}
+    return {o["case"]: o for o in read_json_lines(file, dict(case=str), "name another file for --log")}
 
 
 # ## The induction transformer
@@ -290,8 +289,7 @@ def public_figures(reference: Path, quick: bool = False) -> Iterator[dict]:
     for name, preset in (("5-2", "apd-tms-5-2"), ("40-10", "apd-tms-40-10-paper")):
         mb = []
         for where in (reference, None):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                mb.append(pool.submit(_memory, preset, 1, where, 3).result())
+            mb += in_workers([(_memory, (preset, 1, where, 3))], 1)
         yield figure(f"APD {name}, memory of ours in the public code's", mb[1]/max(mb[0], 1e-9), "", "at most .5",
                      mb[1] <= .5*mb[0]) | dict(mb=mb)
     torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from subspace_circuits.decompositions.multidimensional import (
     KINDS, draw_sweep, fit_circle, intervene, patch_components, read_circle, sum_prompts,
     sweep_circle, word_accuracy, word_prompts)
 from subspace_circuits.decompositions.reducibility import PLANES, rank_clouds, subspace_reducibility
-from subspace_circuits.files import claim_folder, read_json, write_json, write_text
+from subspace_circuits.files import claim_folder, read_json, read_yaml, write_json, write_text
 from subspace_circuits.models import open_model
 from subspace_circuits.partition import Partition
 from subspace_circuits.tasks import Sum
@@ -23,7 +23,8 @@ from subspace_circuits.toy_models import load_model, model_configs, new_task
 
 __all__ = ["MULTIDIM_LAYOUT", "decompose_multidim", "multidim_lines", "read_multidim"]
 
-MULTIDIM_LAYOUT = {"config.json": "circles", "metrics.json": "circle metrics", "report.html": "circle report"}
+MULTIDIM_LAYOUT = {"config.json": "circles", "metrics.json": "circle metrics", "report.html": "circle report",
+                   "writer.pid": "lock"}
 # What each job may be given, and what it has to be given
 JOBS = dict(
     circle=dict(model=None, task=None, open={}, words=None, site="blocks.0.hook_resid_pre", variable="a", terms=None),
@@ -36,12 +37,8 @@ SHIFTS, TESTED = 6, 1500 # Most distances that a variable is moved, and most pro
 
 def read_multidim(config: str | Path, seed: int | None = None) -> dict:
     "Settings from a YAML or JSON file, every key of the job filled in."
-    import yaml
-    try: given = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except OSError as e: raise ValueError(f"{config} cannot be read ({e.strerror}): name a YAML or JSON file") from None
-    except yaml.YAMLError: raise ValueError(f"{config} is neither YAML nor JSON: mend it") from None
-    if not isinstance(given, dict) or given.get("job") not in JOBS:
-        found = given.get("job") if isinstance(given, dict) else None
+    given = read_yaml(config, "name a YAML or JSON file of settings")
+    if not isinstance(found := given.get("job"), str) or found not in JOBS:
         raise ValueError(f"{config} has job {found!r}: use one of {', '.join(JOBS)}")
     job = given["job"]
     settings = dict(job=job, seed=0) | JOBS[job]
@@ -61,10 +58,14 @@ def decompose_multidim(config: str | Path, out: Path, seed: int | None = None, o
                        resume: bool = False) -> dict:
     "Run a job into a folder, or read the one that is there; its metrics."
     out, settings = Path(out), read_multidim(config, seed)
-    if claim_folder(out, MULTIDIM_LAYOUT, settings, "job", overwrite, resume) and (out/"metrics.json").exists():
-        return read_json(out/"metrics.json", MULTIDIM_LAYOUT["metrics.json"])
+    with claim_folder(out, MULTIDIM_LAYOUT, settings, "job", overwrite, resume) as held:
+        if held and (out/"metrics.json").exists(): return read_json(out/"metrics.json", MULTIDIM_LAYOUT["metrics.json"])
+        return _job(out, settings)
+
+
+def _job(out: Path, settings: dict) -> dict:
+    "Run a job in a claimed folder."
     metrics, figures = dict(circle=_circle, clusters=_clusters, subspaces=_subspaces)[settings["job"]](settings)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out/"config.json", settings, MULTIDIM_LAYOUT["config.json"])
     write_text(out/"report.html", _page(settings, metrics, figures), MULTIDIM_LAYOUT["report.html"])
     write_json(out/"metrics.json", metrics, MULTIDIM_LAYOUT["metrics.json"])

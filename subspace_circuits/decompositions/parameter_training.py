@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
@@ -29,7 +28,7 @@ from subspace_circuits.decompositions.parameters import (
     ATTRIBUTIONS, EPSILON, STARTS, Components, Target, everywhere, faithfulness_loss, gated_target, lp_importance,
     masked, reconstruction, residual_target, schatten, start_components, times, tms_target, top_k,
     transformer_target)
-from ..files import read_tensors, write_tensors
+from ..files import read_tensors, read_yaml, write_tensors
 from ..forward import Weights
 from ..superposition import (
     Autoencoders, GatedFunctions, ResidualMLP, SparseFeatures, train_autoencoders, train_residual_mlp)
@@ -237,7 +236,8 @@ def _fit(where, key, value, fits, says):
     if not fits(value): raise ValueError(f"{where} {key} is {value!r}: use {says}")
 
 def _check_target(target):
-    kind, keys = target.get("kind"), TARGETS.get(target.get("kind"))
+    kind = target.get("kind")
+    keys = TARGETS.get(kind) if isinstance(kind, str) else None
     if keys is None: raise ValueError(f"unknown kind of target {kind!r}: use one of {', '.join(TARGETS)}")
     for k, v in target.items():
         if k == "kind": continue
@@ -308,12 +308,10 @@ def read_settings(
     if not preset.is_file() and not Path(name).is_file():
         raise ValueError(f"no settings {str(name)!r}: use a YAML file, or one of "
                          f"{', '.join(preset_names(method or ''))}")
-    text = (preset if preset.is_file() else Path(name)).read_text(encoding="utf-8")
-    try: settings = yaml.safe_load(text)
-    except yaml.YAMLError as e: raise ValueError(f"{name} is no YAML: {' '.join(str(e).split())[:120]}") from None
-    if not isinstance(settings, dict): raise ValueError(f"{name} holds no settings: write one key and value a line")
+    settings = read_yaml(preset if preset.is_file() else name, "write one key and value a line")
     if "target" in changes: changes["target"] = settings["target"] | changes["target"]
-    return check_settings(settings | changes, method)
+    try: return check_settings(settings | changes, method)
+    except ValueError as e: raise ValueError(f"{name}: {e}") from None
 
 # %% ../../nbs/decompositions/00b_parameter_training.ipynb #make-target
 def make_target(

@@ -15,7 +15,8 @@ from subspace_circuits.files import (
 __all__ = ["LAYOUT", "decompose_parameters", "open_trainer"]
 
 LAYOUT = {"config.json": "decomposition", "target.safetensors": "target", "checkpoint.safetensors": "checkpoint",
-          "metrics.jsonl": "losses", "metrics.json": "decomposition metrics", "report.html": "decomposition report"}
+          "metrics.jsonl": "losses", "metrics.json": "decomposition metrics", "report.html": "decomposition report",
+          "writer.pid": "lock"}
 EVERY, SAVE = 100, 1000 # Steps between two lines of losses, and between two checkpoints
 
 
@@ -25,10 +26,14 @@ def decompose_parameters(method: str, config: str | Path, out: Path, seed: int |
     checkpoint; `wandb` names a project of Weights & Biases to send losses to."""
     out = Path(out)
     settings = read_settings(config, method, **({} if seed is None else dict(seed=seed)))
-    if not claim_folder(out, LAYOUT, settings, "decomposition", overwrite, resume):
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out/"config.json", settings, LAYOUT["config.json"])
-    elif (out/"metrics.json").exists(): return read_json(out/"metrics.json", LAYOUT["metrics.json"])
+    with claim_folder(out, LAYOUT, settings, "decomposition", overwrite, resume) as held:
+        if held and (out/"metrics.json").exists(): return read_json(out/"metrics.json", LAYOUT["metrics.json"])
+        return _decompose(out, settings, until, wandb)
+
+
+def _decompose(out: Path, settings: dict, until: int | None, wandb: str | None) -> dict:
+    "Train in a claimed folder, to the end or until a checkpoint."
+    if not (out/"config.json").exists(): write_json(out/"config.json", settings, LAYOUT["config.json"])
     send = None if wandb is None else _wandb(wandb, settings)
     trainer, lines = open_trainer(out, settings)
     _train(trainer, lines, out, until, send)
