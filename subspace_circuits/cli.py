@@ -447,23 +447,31 @@ def circuit(model: Annotated[str,
 
 
 @app.command(cls=Checked)
-def diff(first: Annotated[Path, typer.Argument(help="A circuit.json.")],
-         second: Annotated[Path, typer.Argument(help="Another.")], *,
-         out: Annotated[Optional[Path], typer.Option(metavar="FILE.html",
-                                                     help="Both as one figure, coloured by what changed.")] = None,
-         least: Annotated[float, typer.Option(min=0, help="Smallest relative change of a score that counts.")] = .05,
-         overwrite: Overwrite = False):
-    "What two circuits have in common, and what only one of them has."
+def compare(first: Annotated[Path, typer.Argument(help="A circuit or subspaces: ours, of EAP and MIB, circuit-tracer, "
+                                                       "SAELens, published NDM, or parameter components.")],
+            second: Annotated[Path, typer.Argument(help="Another, of the same or of another format.")], *,
+            out: Annotated[Optional[Path], typer.Option(metavar="FILE.html",
+                                                        help="Two circuits of ours as one figure, coloured by what "
+                                                             "changed.")] = None,
+            least: Annotated[float, typer.Option(min=0, help="Smallest relative change of a score that counts.")] = .05,
+            seed: Seed = 0, overwrite: Overwrite = False):
+    "What two circuits, or two sets of subspaces, have in common, beside what chance would give."
     from subspace_circuits.circuit_graph import diff_circuits, diff_figure, read_circuit, three_digits, write_figure
+    from subspace_circuits.exchange import compare_held
     from subspace_circuits.files import check_output
     if out: check_output(out, "comparison", ".html", overwrite)
+    kinds, said = compare_held(first, second, seed)
+    print(f"{kinds}: {said}")
+    if kinds != "circuit and circuit":
+        if out: raise ValueError(f"--out draws two circuits of ours, these are {kinds}: leave it out")
+        return
     one, two = read_circuit(first), read_circuit(second)
     rows = diff_circuits(one, two, least)
     for o in rows:
         if o["change"] != "same":
             print(f"{o['change']:<18} {o['component'] or '-':<10} {o['type']:<8} {o['label']:<32} "
                   f"{three_digits(o['first'])} -> {three_digits(o['second'])} {o['unit']}")
-    print(f"{sum(o['change'] == 'same' for o in rows)} of {len(rows)} edges are the same"
+    print(f"{sum(o['change'] == 'same' for o in rows)} of {len(rows)} edges between subspaces are the same"
           + ("" if one.graph.get("model") == two.graph.get("model") else "; the models differ"))
     if out: write_figure(diff_figure(one, two, least), out, f"{first} and {second}", "comparison")
 

@@ -241,7 +241,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         url, port = urlsplit(self.path), self.server.server_address[1]
-        if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        here = [f"127.0.0.1:{port}", f"localhost:{port}"]
+        if self.headers.get("Host") not in here or self.headers.get("Origin", f"http://{here[0]}") not in [
+                f"http://{o}" for o in here]: # a page from elsewhere, under its own or a borrowed name
             return self._send(403, b"ask for 127.0.0.1", "text/plain")
         try: status, answer = 200, self._answer(url.path, dict(parse_qsl(url.query, keep_blank_values=True)))
         except ValueError as e: status, answer = 400, dict(error=str(e))

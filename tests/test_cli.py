@@ -246,9 +246,9 @@ def test_circuit_and_diff(tmp_path):
     kept = {(o["component"], o["type"]) for *_, o in graph.edges(data=True) if o["type"] in ("Q", "K", "OV")}
     assert kept == {(o["component"], t) for o in known.edges for t in (("Q", "K") if o["type"] == "QK" else ("OV",))}
     assert {o.name for o in tmp_path.iterdir()} == {"partitions", "circuit.json", "circuit.graphml", "circuit.html"}
-    code, printed, error = call("diff", out, out, "--out", tmp_path/"diff.html")
-    assert code == 0 and printed.splitlines() == ["7 of 7 edges are the "
-                                                  "same"] and (tmp_path/"diff.html").exists(), error
+    code, printed, error = call("compare", out, out, "--out", tmp_path/"diff.html")
+    assert code == 0 and printed.splitlines()[1:] == ["7 of 7 edges between subspaces are the same"], error
+    assert printed.startswith("circuit and circuit: 7 edges in both") and (tmp_path/"diff.html").exists()
     shutil.rmtree(cut/"1")
     Partition({"all": torch.eye(known.model.cfg.d_model)}, "blocks.0.hook_resid_post").save_pretrained(cut/"1")
     code, printed, error = call(*job[:-1], tmp_path/"coarse.json")

@@ -136,7 +136,7 @@ def test_names_that_are_no_place_for_an_output(tmp_path):
     cuts = ("--partitions", tmp_path/"cuts")
     commands = {".json": [("circuit", NAME, *cuts, "--out"), ("evaluate", "mutual-information", NAME, *cuts, "--out"),
                           ("benchmark", "models", "--quick", "--json")],
-                ".html": [("explore", tmp_path, "--static"), ("diff", tmp_path/"a", tmp_path/"b", "--out")]}
+                ".html": [("explore", tmp_path, "--static"), ("compare", tmp_path/"a", tmp_path/"b", "--out")]}
     before = tree(tmp_path)
     for suffix, some in commands.items():
         for o in some:

@@ -272,7 +272,7 @@ BENCHMARKS = ("store", "partition", "circuits", "evaluation", "preimages", "spee
 OUTPUTS = {
     "circuit": (("c.json", "c.html", "c.graphml"),
                 lambda run, at: (NAME, "--partitions", run/"partitions", "--out", at/"c.json")),
-    "diff": (("d.html",), lambda run, at: (run/"circuit.json", run/"circuit.json", "--out", at/"d.html")),
+    "compare": (("d.html",), lambda run, at: (run/"circuit.json", run/"circuit.json", "--out", at/"d.html")),
     "evaluate": (("e.json", "e.html", "e.parts/thesis.tex"),
                  lambda run, at: ("mutual-information", NAME, "--partitions", run/"partitions", "--out", at/"e.json")),
     "explore": (("s.html",), lambda run, at: (run, "--static", at/"s.html"))}

@@ -106,11 +106,13 @@ circuit planted-skip_trigram --partitions @other --out @new.json | no partition 
 circuit planted-skip_trigram --partitions @cuts --out @new.txt | new.txt is no name of a .json file
 circuit planted-skip_trigram --partitions @cuts --out @new.json --answers 9 | --answers 9: use a number of at least 10
 circuit planted-skip_trigram --partitions @cuts --out @new.json --explorer example.org | example.org
-diff @c.json @missing.json | missing.json is no circuit: subspace-circuits circuit MODEL
-diff @c.json @list.json | list.json is no circuit
-diff @c.json @c.json --least nan | --least 'nan' is no number
-diff @c.json @c.json --least -1 | --least -1: use a number of at least 0
-diff @c.json @c.json --out @new.json | new.json is no name of a .html file
+compare @c.json @missing.json | missing.json does not exist: name a file or a folder
+compare @c.json @list.json | list.json is of no format that is read here: partition, published NDM
+compare @c.json @c.json --least nan | --least 'nan' is no number
+compare @c.json @c.json --least -1 | --least -1: use a number of at least 0
+compare @c.json @cuts/blocks.0.hook_resid_pre | compare two sets of subspaces, or two circuits
+compare @other @cuts/blocks.0.hook_resid_pre | compare two of one site
+compare @c.json @c.json --out @new.json | new.json is no name of a .html file
 evaluate mutual-info planted-skip_trigram --partitions @cuts --out @new.json | unknown suite 'mutual-info': use one of
 evaluate mutual-information planted-skip_trigram --partitions @cuts --out @new.html | is no name of a .json file
 evaluate mutual-information planted-skip_trigram --partitions @cuts --out @new.json --prompts 2 | 2 rows say nothing
