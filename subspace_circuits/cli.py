@@ -447,6 +447,18 @@ def circuit(model: Annotated[str,
 
 
 @app.command(cls=Checked)
+def attack(run: Annotated[Path, typer.Argument(help="A folder that run has finished.")], *,
+           steps: Annotated[int, typer.Option(min=20, help="Most steps of an adversary: 20, 40, 80 … up to this, each "
+                                                           "time afresh.")] = 1280):
+    """Let an adversary set every edge outside a run's circuit so that answers change most, beside random edges and a
+    missing true one; into the report."""
+    from subspace_circuits.pipeline import attack_run
+    for name, curve in attack_run(run, steps).items():
+        print(f"{name}: " + ", ".join(f"{nats:.3g} nats at {n}" for n, nats in curve))
+    print(f"report: {run/'report.html'}")
+
+
+@app.command(cls=Checked)
 def compare(first: Annotated[Path, typer.Argument(help="A circuit or subspaces: ours, of EAP and MIB, circuit-tracer, "
                                                        "SAELens, published NDM, or parameter components.")],
             second: Annotated[Path, typer.Argument(help="Another, of the same or of another format.")], *,

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from subspace_circuits import __version__
 from subspace_circuits.activations import STORE, ActivationStore, capture, fingerprint, live, read_by
+from subspace_circuits.adversary import STEPS, attack_curves
 from subspace_circuits.circuit_benchmark import key_grades, ranked, reported
 from subspace_circuits.circuit_graph import add_examples, save_circuit, to_graph
 from subspace_circuits.circuits import find_circuit
@@ -27,17 +28,18 @@ from subspace_circuits.partition import (
 from subspace_circuits.preimages import INDEX
 from subspace_circuits.report import write_report
 from subspace_circuits.search import stored_sequences, written
+from subspace_circuits.stream_variables import variables_or_none
 from subspace_circuits.tasks import PairTask
 from subspace_circuits.text import open_planted
 from subspace_circuits.toy_models import Task, accuracy, attention, head_scores, load_model
 from subspace_circuits.workers import in_workers
 
-__all__ = ["run"]
+__all__ = ["run", "attack_run"]
 
 # What a run's folder holds, for `owned`: of each file what it is, of each folder what that holds.
 # Once a run is finished, files.json lists all of it by hash but the index, which explore makes.
 JSONS = dict(config="run", metrics="metrics", partitions="evidence", circuit="circuit", attention="attention",
-             control="control", seconds="seconds", files="files")
+             control="control", attack="attack", seconds="seconds", files="files")
 RUN = {f"{k}.json": v for k, v in JSONS.items()} | {
     "report.html": "report", "writer.pid": "lock", "store": STORE, "control": STORE, "partitions": {"*": PARTITION},
     "index": {"*": INDEX}}
@@ -77,6 +79,30 @@ def carry_out(out: Path, job: dict, model, task: Task, known: KnownCircuit | Non
     write_report(out)
     list_files(out)
     return read_json(out/"metrics.json", "metrics")
+
+
+def attack_run(out: Path, most: int = STEPS[-1]) -> dict[str, list]:
+    """Attack the circuit of a finished run with up to so many steps, keep each result as it comes, and draw all into
+    its report; nats by what was attacked and steps."""
+    torch.set_num_threads(1)
+    out, steps = Path(out), tuple(o for o in STEPS if o <= most)
+    if not steps: raise ValueError(f"{most} steps are too few: the shortest attack has {STEPS[0]}")
+    if not (out/"config.json").exists() or not finished(out):
+        raise ValueError(f"{out} holds no finished run: name a folder that run has finished")
+    job = read_json(out/"config.json", "run")
+    model, task, *_ = opened(job["model"], job["asked"])
+    if fingerprint(model) != job["model_sha256"]:
+        raise ValueError(f"{job['model']} is another model than {out} was made of: run it again")
+    partitions = {o: own_partition(out, o, job["seed"], job["model_sha256"]) for o in job["sites"]}
+    split = PartitionedModel(Moments(model, task, seed=job["seed"]), partitions)
+    kept, found = find_circuit(split, task, seed=job["seed"])
+    if not kept: raise ValueError(f"the circuit of {out} has no edge: there is nothing to pin")
+    curves = read_json(out/"attack.json", "attack") if (out/"attack.json").exists() else {}
+    for curves in attack_curves(split, task, kept, found["candidates"], steps, job["seed"], curves):
+        write_json(out/"attack.json", rounded(curves), "attack")
+    write_report(out)
+    list_files(out)
+    return curves
 
 
 def opened(name: str, asked: str | None = None) -> tuple[torch.nn.Module, Task, KnownCircuit | None, Asked | None]:
@@ -193,18 +219,22 @@ def own_partition(out: Path, site: str, seed: int, weights: str) -> Partition:
 
 
 def partition_sites(name: str, out: Path, job: dict) -> dict[str, Partition]:
-    "Find the partitions that are not there yet, and the control's, two processes at a time; all of them, by site."
-    sites, seed = job["sites"], job["seed"]
-    asked = job["asked"]
-    jobs = [(partition_site, (name, str(out), o, seed, asked)) for o in sites
-            if not (folder_of(out, o)/"partition.json").exists()]
+    """Find the partitions that are not there yet, and the control's: what weights do not divide, and the control, two
+    processes at a time; all of them, by site."""
+    sites, seed, asked = job["sites"], job["seed"], job["asked"]
+    left = [o for o in sites if not (folder_of(out, o)/"partition.json").exists()]
+    model, task, known, _ = opened(name, asked)
+    if left and (found := variables_or_none(model, task, seed)):
+        for o in left: keep_partition(found[o], ActivationStore(out/"store"), out, task, known)
+        left = []
+    jobs = [(partition_site, (name, str(out), o, seed, asked)) for o in left]
     if not (out/"control.json").exists(): jobs.append((control_job, (name, str(out), seed, asked)))
     if jobs: list(tqdm(in_workers(jobs), total=len(jobs), desc="partition, and control"))
     return {o: own_partition(out, o, seed, job["model_sha256"]) for o in sites}
 
 
 def partition_site(name: str, out: str, site: str, seed: int, asked: str | None = None):
-    "Find, name and store the partition of one site."
+    "Search the partition of one site, name and store it."
     torch.set_num_threads(1)
     store, (model, task, known, _) = ActivationStore(Path(out)/"store"), opened(name, asked)
     rows = site_rows(store, site, known)
@@ -212,7 +242,14 @@ def partition_site(name: str, out: str, site: str, seed: int, asked: str | None 
     quiet[rows.nonzero()[:, 0][massive_rows(h)[0]]] = False # as `learn_partition` sets them aside
     wrote = written(model, stored_sequences(store, quiet), [site])[site]
     p = learn_partition(h, site, seed, weights=store.info["capture"]["weights"], written=wrote)
-    name_subspaces(p, h, labels(store, rows, h, site, task, known)).save_pretrained(folder_of(Path(out), site))
+    keep_partition(p, store, Path(out), task, known)
+
+
+def keep_partition(p: Partition, store: ActivationStore, out: Path, task: Task, known: KnownCircuit | None):
+    "Name a partition's subspaces after what they hold of the known variables, and store it."
+    rows = site_rows(store, p.site, known)
+    h = store[p.site][rows]
+    name_subspaces(p, h, labels(store, rows, h, p.site, task, known)).save_pretrained(folder_of(out, p.site))
 
 
 def site_rows(store: ActivationStore, site: str, known: KnownCircuit | None) -> torch.Tensor:
@@ -277,11 +314,11 @@ def site_evidence(store: ActivationStore, p: Partition, task: Task, key: KnownCi
     # a planted variable may be quiet beside its decoys
     present = {k: v for k, v in known.items() if presence[k] >= (.001 if key else .05)}
     return dict(
-        summary=dict(n_subspaces=len(p.names) - ("rest" in p.names), objective=p.info["objective"], sizes=p.sizes,
+        summary=dict(n_subspaces=len(p.names) - ("rest" in p.names), objective=p.info.get("objective"), sizes=p.sizes,
                      presence=presence,
                      variables=variable_shares(p, h, present),
                      variance={k: (v.var(0).sum()/total).item() for k, v in p.split(h).items()},
-                     verdict=p.info["verdict"], cuts=p.info["cuts"], null=null),
+                     verdict=p.info["verdict"], cuts=p.info.get("cuts", []), null=null),
         matrices=rounded(dict(names=p.names, determination=share.tolist(), mutual_information=mi.tolist(),
                               mutual_information_null=mi_null)))
 

@@ -15,7 +15,8 @@ def write_report(run: Path) -> Path:
     "Write `report.html` into the folder `run` and return its path; `ValueError` if `run` is no run folder."
     run = Path(run)
     if not (run/"config.json").is_file(): raise ValueError(f"{run} is not a run folder: it holds no config.json")
-    kinds = dict(config="run", metrics="metrics", partitions="evidence", attention="attention", circuit="circuit")
+    kinds = dict(config="run", metrics="metrics", partitions="evidence", attention="attention", circuit="circuit",
+                 attack="attack")
     write_text(run/"report.html", render(*(read(run/f"{k}.json", v) for k, v in kinds.items())), "report")
     return run/"report.html"
 
@@ -25,7 +26,7 @@ def read(file: Path, kind: str) -> dict:
     return for_browser(read_json(file, kind)) if file.is_file() else {}
 
 
-def render(config: dict, metrics: dict, partitions: dict, attention: dict, circuit: dict) -> str:
+def render(config: dict, metrics: dict, partitions: dict, attention: dict, circuit: dict, attack: dict = {}) -> str:
     "The page, as text."
     import jinja2
     from plotly.offline import get_plotlyjs
@@ -37,7 +38,7 @@ def render(config: dict, metrics: dict, partitions: dict, attention: dict, circu
         config=config, metrics=metrics, claim=headline(metrics, graph), accuracy=accuracy_table(metrics),
         edge_words=EDGE_WORDS,
         drawing=layout(graph) | dict(edges=edge_rows(graph)) if circuit else None,
-        curve=curve_figure(metrics.get("circuit", {})),
+        curve=curve_figure(metrics.get("circuit", {})), attack=attack_figure(attack), attacked=attack,
         sites=[site_table(o, metrics["sites"][o]) for o in sorted(metrics.get("sites", {}), key=site_depth)],
         matrices=[matrix_pair(o, partitions[o]) for o in sorted(partitions, key=site_depth)],
         attention=attention_figures(attention, metrics.get("head_scores", {})), plotly=get_plotlyjs())
@@ -216,3 +217,20 @@ def curve_figure(circuit: dict) -> dict | None:
                            tickformat="~g"))
     return dict(data=[curve_line(points, circuit.get("chosen"), *o) for o in (("accuracy", "y"), ("kl", "y2"))],
                 layout=layout)
+
+
+def attack_figure(curves: dict) -> dict | None:
+    "What an adversary reached against its steps: of the circuit, of random edges, of the model but one edge."
+    if not curves: return None
+    looks = {"circuit": ("var(--mark)", "solid"), "random edges": ("var(--heat2)", "dot"),
+             "all but one edge": ("var(--heat2)", "dash")}
+    data = [dict(type="scatter", mode="lines+markers", name=k, x=[n for n, _ in c], y=[max(x, 1e-5) for _, x in c],
+                 line=dict(width=1.5, color=looks[k][0], dash=looks[k][1]),
+                 hovertemplate=f"{k}, %{{x}} steps: %{{y:.3g}} nats<extra></extra>") for k, c in curves.items()]
+    steps = sorted({n for c in curves.values() for n, _ in c})
+    layout = plain | dict(
+        height=300, margin=dict(l=64, r=10, t=6, b=42), showlegend=True, legend=dict(orientation="h", y=1.15),
+        xaxis=axis | dict(title=titled("steps of the adversary"), type="log", tickvals=steps),
+        yaxis=axis | dict(title=titled("KL, nats"), type="log", showgrid=True, gridcolor="var(--line)", dtick=1,
+                          tickformat="~g"))
+    return dict(data=data, layout=layout)

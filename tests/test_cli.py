@@ -52,6 +52,15 @@ def test_run_of_a_planted_model(tmp_path):
     report = (tmp_path/"run"/"report.html").read_text()
     assert f"{key['isolated']} of 3 variables have a subspace to themselves" in report
     assert "none of the 3 would be isolated" in report
+    code, out, error = call("attack", tmp_path/"run", "--steps", 20)
+    assert code == 0 and [o.split(": ")[0] for o in out.splitlines()] == ["circuit", "random edges", "all but one edge",
+                                                                          "report"], error
+    attacked = json.loads((tmp_path/"run"/"attack.json").read_text())
+    reached = {k: attacked[k][0][1] for k in ("circuit", "random edges", "all but one edge")}
+    assert reached["circuit"] < .1 < min(reached["random edges"], reached["all but one edge"])
+    assert "Can anything outside the circuit undo it?" in (tmp_path/"run"/"report.html").read_text()
+    assert call("run", "planted-skip_trigram", "--out", tmp_path/"run")[0] == 0 # still a finished run
+    assert "holds no finished run" in refused("attack", tmp_path)
     assert "unknown family 'skip_trigrams': use one of induction" in refused("run", "planted-skip_trigrams", "--out",
                                                                              tmp_path/"other")
     assert not (tmp_path/"other").exists()

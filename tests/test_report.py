@@ -85,6 +85,14 @@ def test_one_offline_file(tmp_path):
     assert text.count('<g class="wire') == 5 and text.count('class="wire OV negative"') == 2
 
 
+def test_an_attack_is_drawn(tmp_path):
+    curves = {"circuit": [[20, 1e-4], [40, .0003]], "random edges": [[20, 8.5], [40, 9.25]],
+              "all but one edge": [[20, 7.]]}
+    seen = words(page(tmp_path/"run", files() | {"attack": curves}))
+    assert "At most 0.0003 nats of the circuit, 9.25 nats of random edges, 7 nats of all but one edge." in seen
+    assert "Can anything outside" not in words(page(tmp_path/"other", files()))
+
+
 def test_empty_graph(tmp_path):
     content = files()
     content["circuit"] |= dict(nodes=[], edges=[])
