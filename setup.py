@@ -27,7 +27,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=[cfg["lib_path"] + "*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "models/**", "assets/**", "decompositions/presets/*.yaml"]},
+    package_data={cfg["lib_path"]: ["py.typed", "models/**", "assets/**", "decompositions/presets/*.yaml", "decompositions/temporal_presets/*.yaml"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "gguf": cfg["gguf_requirements"].split()},

@@ -314,6 +314,21 @@ def benchmark_parameters(*, reference: Annotated[Optional[Path],
     _print_figures(benchmark_parameters(reference, log, quick), as_json)
 
 
+@benchmark.command("temporal-saes", cls=Checked)
+def benchmark_temporal_saes(*, reference: Annotated[Optional[Path],
+                                                    typer.Option(help="A checkout of the public repository "
+                                                                      "temporal-saes, whose trainer and loops are "
+                                                                      "timed beside ours; imported, never written "
+                                                                      "to.")] = None,
+                            quick: Annotated[bool,
+                                             typer.Option("--quick", help="One seed, few steps, small batches: a check "
+                                                                          "that it runs, held to no bar.")] = False,
+                            as_json: AsJson = None):
+    "Planted slow latents, speed and memory of training, smoothness; each figure beside its bar."
+    from subspace_circuits.bench.temporal import benchmark_temporal
+    _print_figures(benchmark_temporal(reference, quick), as_json)
+
+
 @benchmark.command("multidimensional", cls=Checked)
 def benchmark_multidimensional(*, reference: Annotated[Optional[Path],
                                                        typer.Option(help="A checkout of the public repository "
@@ -525,19 +540,24 @@ def evaluate(suite: Annotated[str,
 
 @app.command(cls=Checked)
 def decompose(method: Annotated[str, typer.Argument(help="apd, spd or vpd: a network's weights as a sum of components; "
+                                                         "temporal-sae: sparse autoencoders of a store's sites; "
                                                          "multidim: circles in a model, irreducible clusters of a "
                                                          "dictionary, or irreducible subspaces.")],
               config: Annotated[str, typer.Argument(help="A YAML file of settings, or a name of shipped settings, as "
-                                                         "apd-tms-5-2.")], *,
+                                                         "apd-tms-5-2 or temporal-sae-planted.")], *,
               out: Out, seed: Annotated[Optional[int], typer.Option(help="Instead of the settings' own.")] = None,
               wandb: Annotated[Optional[str], typer.Option(metavar="PROJECT",
                                                            help="Send losses to Weights & Biases too.")] = None,
               resume: Resume = False, overwrite: Overwrite = False):
     "Decompose a network's weights, or what a model holds, as settings say."
     from subspace_circuits.decompositions.parameter_training import METHODS
-    if method not in (known := [*METHODS, "multidim"]):
+    if method not in (known := [*METHODS, "temporal-sae", "multidim"]):
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(known)}")
-    if method == "multidim":
+    if method == "temporal-sae":
+        if wandb: raise ValueError("temporal-sae writes losses to metrics.jsonl only: leave --wandb out")
+        from subspace_circuits.decompositions.temporal_runs import decompose_temporal, temporal_lines
+        for line in temporal_lines(decompose_temporal(config, out, seed, overwrite, resume)): print(line)
+    elif method == "multidim":
         if wandb: raise ValueError("multidim trains nothing that --wandb could follow: leave it out")
         from subspace_circuits.decompositions.multidim_runs import decompose_multidim, multidim_lines
         for line in multidim_lines(decompose_multidim(config, out, seed, overwrite, resume)): print(line)
