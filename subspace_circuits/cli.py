@@ -90,9 +90,27 @@ def run(model: Annotated[str,
                          typer.Argument(help="A bundled model, planted- and a family, or a folder, file or hub id; one "
                                              "over symbols is asked what it does if --task does not "
                                              "say.")] = "induction", *,
-        out: Out, task: AsTask = None, seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
+        out: Out, task: AsTask = None, data: Annotated[Optional[str], typer.Option(
+            help="Of a language model: a .txt, .jsonl or .json file, packed as .gz or not, or hf:owner/name; the novel "
+                 "that comes with the package if not given.")] = None,
+        layers: Annotated[Optional[str], typer.Option(
+            help="Of a language model: the window of layers that is looked at, as 10-12; the middle three if only "
+                 "--data is given.")] = None,
+        method: Annotated[str, typer.Option(
+            help="Of a language model: how its sites are cut; readers: by what moves and is read; ndm: by distances "
+                 "to nearest neighbours, some minutes a site.")] = "readers",
+        seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
     "The main job: capture, partition, circuit, report."
+    from subspace_circuits.language_run import is_language_model, run_language
     from subspace_circuits.pipeline import run
+    if data or layers:
+        if task: raise ValueError("--task with --layers or --data: circuits of prompts inside a window are not read, "
+                                  "leave --task out, or the other two")
+        print(window_lines(run_language(model, out, data, layers, seed, method, overwrite, resume)))
+        return print(f"report: {out/'report.html'}")
+    if not task and is_language_model(model):
+        raise ValueError(f"{model} is a language model, which has no task of its own: say which layers to look at, as "
+                         "--layers 10-12, and on what text with --data; or its task with --task")
     metrics = run(model, out, seed, overwrite, resume, task)
     if asked := metrics.get("asked"): print(f"the task is {asked['task']}: {asked['said']}")
     full, kept = (metrics["accuracy"][o] for o in ("full", "keep_only"))
@@ -101,6 +119,18 @@ def run(model: Annotated[str,
                       for k in full) + f"; {sum(metrics['seconds'].values()):.0f} s")
     if metrics["partition"]: print(key_line(metrics["circuit"], metrics["partition"]))
     print(f"report: {out/'report.html'}")
+
+
+def window_lines(metrics: dict) -> str:
+    "What a run on a window found, in a few lines."
+    circuit, graded = metrics["circuit"], metrics["grade"]["graded"]
+    lines = [f"{k}: {o['n']} of {circuit['candidates'][k]} edges bring back {o['recovered']:.1%} of the window"
+             for k, o in circuit["needed"].items()]
+    lines += [f"{k}: objective {o['objective']:.3f}, a block determines {o['determined']:.1%} of another"
+              for k, o in graded.items()]
+    named = sum(a for a, _ in metrics["named"].values()), sum(b for _, b in metrics["named"].values())
+    return "\n".join([*lines, f"{named[0]} of {named[1]} subspaces have a name; "
+                              f"{sum(metrics['seconds'].values()):.0f} s, {metrics['peak_rss_mb']} MB"])
 
 
 def key_line(circuit: dict, partition: dict) -> str:
@@ -296,6 +326,21 @@ def benchmark_speed(reference: Annotated[Path,
                   f"{o['ours_steps']:>5} {ratio:>7}"
                   + (f" (bar: {o['bar']}x, {'held' if o['held'] else 'MISSED'})" if o["bar"] else ""))
     _write_figures(as_json, figures)
+
+
+@benchmark.command("language-model", cls=Checked)
+def benchmark_language_model(*, model: Annotated[str, typer.Option(
+                                 help="A folder, a GGUF file or a hub id, as make lm fetches one.")],
+                             text: Annotated[Optional[str], typer.Option(
+                                 help="As --data of run; the novel that comes with the package if not given.")] = None,
+                             layers: Annotated[Optional[str], typer.Option(
+                                 help="The window; the middle three layers if not given.")] = None,
+                             out: Annotated[Path, typer.Option(
+                                 help="Folder of the run, resumed if it is there.")] = Path("runs/language-model"),
+                             as_json: AsJson = None):
+    "The main job on a language model, capture beside the bare forward pass; each figure beside its bar."
+    from subspace_circuits.bench.language_model import benchmark_language_model
+    _print_figures(benchmark_language_model(model, text, layers, out), as_json)
 
 
 @benchmark.command("parameters", cls=Checked)

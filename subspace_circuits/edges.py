@@ -50,24 +50,31 @@ class _Sums(dict):
             mean[k], cov[k] = s/n, (ss/n).sub_(torch.outer(s/n, s/n))
         return mean, cov
 
-def _gather(w, sums, rows, batch):
+def _passed(w, batch, layers):
+    "The stream at the sites of some layers, and the patterns of those layers."
+    x, start, stop = w.embed(batch.tokens, batch.positions), 2*layers[0], 2*layers[-1] + 2
+    if start: x = w.run(x, batch.positions, 0, start)[0][w.site(start)]
+    seen, scores = w.run(x, batch.positions, start, stop)
+    return seen, {i: w.softmax(o, i) for i, o in zip(layers, scores)}
+
+def _gather(w, sums, rows, batch, layers):
     """Add a batch: the stream, what is read from it and the division, what heads attend to, what MLPs and embeddings
     write."""
-    real, (seen, patterns) = batch.real, w.trace(batch.tokens, batch.positions)
+    real, (seen, patterns) = batch.real, _passed(w, batch, layers)
     sums.add("embed", w.W_E[batch.tokens][real])
     if w.W_pos is not None: sums.add("position", w.W_pos[batch.positions][real])
     for site, x in seen.items():
         s = w.scale(x, site == w.sites[-1])
-        r, layers = x/s, [i for i in range(len(patterns)) if read_site(i) == site]
+        r, here = x/s, [i for i in layers if read_site(i) == site]
         middle = (r*real[..., None]).sum(1, keepdim=True)/real.sum(1)[:, None, None].clamp(min=1)
         for kind, o in (("stream", x), ("scale", s), ("read", r), ("within", r - middle)):
             sums.add((kind, site), o[real])
         # behind the last attention, nothing else reaches an answer
         asked = site in w.sites[-1 - bool(w.mlps and not w.parallel):] and batch.scored.any()
         rows.setdefault(site, []).append(r[batch.scored if asked else real])
-        for i in layers:
+        for i in here:
             for h in range(w.cfg.n_heads): sums.add(("attended", i, h), (patterns[i][:, h]@r)[real])
-        for i in range(len(w.mlps)):
+        for i in layers if w.mlps else ():
             if w.site(2*i + 1) == site: sums.add(("mlp", i), w.neurons(i, r)[real])
 
 # %% ../nbs/03a_edges.ipynb #moments
@@ -78,6 +85,7 @@ class Moments:
                  n:int=200, seed:int=0, # Number of sequences, their seed
                  lengths:tuple[int,int]|None=None, # Shortest and longest; the task's own if not given
                  keep:int=512, # Rows of each site to keep, for MLPs and signs
+                 layers:range|None=None, # Which layers are looked at; all if not given
     ):
         if not hasattr(task, "sample"):
             raise ValueError(f"{task!r} is no task: pass one, for moments are of what a model reads in its sequences")
@@ -86,7 +94,7 @@ class Moments:
         for size in [50]*(n//50) + [n % 50]*(n % 50 > 0):
             batch = task.sample(size, lengths, g, model.cfg.n_ctx)
             self.longest = max(self.longest, batch.tokens.shape[1])
-            _gather(self.weights, sums, rows, batch)
+            _gather(self.weights, sums, rows, batch, range(model.cfg.n_layers) if layers is None else layers)
         self.n, d = sums["embed"][0], model.cfg.d_model
         if self.n < 2*d:
             raise ValueError(f"{self.n} rows cannot tell {d} dimensions: at least {2*d} are needed, run about "

@@ -405,11 +405,12 @@ def _embed(w, tokens:Int[Tensor, "batch pos"], positions:Int[Tensor, "batch pos"
 def _run(
     w, x:Float[Tensor, "... pos d_model"], positions:Int[Tensor, "batch pos"], # The stream where the pass starts
     start:int=0, # Half of a layer to start before: `2*layer` its attention, `2*layer + 1` its MLP
+    stop:int|None=None, # Half to stop before; none if not given
 )->tuple[dict[str, Float[Tensor, "... pos d_model"]], list[Float[Tensor, "... head query key"]]]:
-    "The stream at every site from there on, and the attention scores of every layer that ran."
+    "The stream at every site that is passed, and the attention scores of every layer that ran."
     if w.parallel and start % 2: raise ValueError("attention and MLP of this model run at once: start at an even half")
     seen, scores = {w.site(start): x}, []
-    for half in range(start, w.halves):
+    for half in range(start, w.halves if stop is None else stop):
         added, asked = w.added(half, x, positions)
         if asked is not None: scores.append(asked)
         if added is not None: x = seen[w.into(half)] = x + added
