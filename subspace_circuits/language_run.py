@@ -10,13 +10,14 @@ from subspace_circuits import __version__
 from subspace_circuits.activations import STORE, capture, fingerprint
 from subspace_circuits.cards import make_cards
 from subspace_circuits.edges import Moments, PartitionedModel
-from subspace_circuits.files import read_json, remove, walk, write_json, sha256
+from subspace_circuits.files import one_writer, read_json, remove, sha256, walk, write_json
 from subspace_circuits.forward import circuit_sites, parallel, read_site, write_site
 from subspace_circuits.language_report import write_language_report
 from subspace_circuits.language_sites import WIDE, grade_site, halves, learn_site
 from subspace_circuits.models import folder_config, model_path, open_model
 from subspace_circuits.partition import PARTITION, Partition, massive_rows
-from subspace_circuits.pipeline import Clock, claim, folder_of, own_partition, peak_rss_mb, rounded
+from subspace_circuits.pipeline import (
+    Clock, check_resumable, claim, folder_of, own_partition, peak_rss_mb, rounded)
 from subspace_circuits.search import units
 from subspace_circuits.stability import baseline_partition
 from subspace_circuits.text import TextTask
@@ -29,7 +30,7 @@ __all__ = ["shipped_text", "run_language"]
 KINDS = dict(config="run", metrics="metrics", cards="cards", circuit="window circuit", grade="grade",
              progress="progress", seconds="seconds", files="files")
 RUN = {f"{k}.json": v for k, v in KINDS.items()} | {
-    "report.html": "report", "store": STORE, "partitions": {"*": PARTITION}}
+    "report.html": "report", "writer.pid": "lock", "store": STORE, "partitions": {"*": PARTITION}}
 LENGTH, SHARDS, SEQUENCES = 128, 6, 32 # Tokens of a window; shards of a capture, and windows in each
 LEARN, JUDGE, MOMENTS = 3, 4, 24       # Windows that edges are ranked on, that circuits are judged on, of moments
 WORDS = 1000                           # Tokens from which a vocabulary is one of words
@@ -68,8 +69,17 @@ def run_language(name: str, out: Path, data: str | None = None, layers: str | No
     job = dict(model=name, seed=seed, data=Path(source).name, version=__version__, model_sha256=fingerprint(model),
                task=task.name, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads, d_model=model.cfg.d_model,
                layers=[some[0], some[-1]], sites=sites, method=method, language=True)
-    if claim_language(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
-    print(estimate(model, some, sites), flush=True)
+    if resume: check_resumable(out)
+    with one_writer(out):
+        if claim_language(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
+        print(estimate(model, some, sites), flush=True)
+        return carry_out(out, job, model, tokenizer, task, held)
+
+
+def carry_out(out: Path, job: dict, model, tokenizer, task: NextTokens, held: NextTokens) -> dict:
+    "Every stage that a claimed folder lacks; the metrics."
+    seed, sites, method = job["seed"], job["sites"], job["method"]
+    some, length = range(job["layers"][0], job["layers"][1] + 1), task.lengths[1]
     clock = Clock(out/"seconds.json")
     with clock("capture"):
         store = capture(model, task, sites, out/"store", shards=SHARDS, sequences=SEQUENCES, lengths=(length, length),

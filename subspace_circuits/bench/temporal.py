@@ -13,7 +13,7 @@ from subspace_circuits.decompositions.sparse_autoencoders import (
 from subspace_circuits.decompositions.temporal_evaluation import contexts_of, evaluate_sae, smoothness
 from subspace_circuits.decompositions.temporal_losses import token_sequences
 from subspace_circuits.decompositions.temporal_runs import planted_scores
-from subspace_circuits.decompositions.temporal_training import SAETrainer, check_options, read_yaml, train_sae
+from subspace_circuits.decompositions.temporal_training import SAETrainer, check_options, preset_settings, train_sae
 from subspace_circuits.files import read_tensors, write_tensors
 
 PUBLIC = "dictionary_learning/dictionary_learning"
@@ -36,10 +36,10 @@ def benchmark_temporal(
 
 def planted_methods(seed:int, steps:int|None=None)->tuple[PlantedSequences, dict[str, SAE], PlantedSequences]:
     "The three methods at equal k on the documents of a seed; beside them what does nothing; other documents."
-    given = read_yaml(PLANTED)
+    given = preset_settings(PLANTED)
     planted = planted_sequences(**given.pop("planted"), seed=seed)
     given |= dict(seed=seed) | (dict(steps=steps) if steps else {})
-    test = planted_sequences(documents=100, seed=seed + 100_000, directions=seed, **_same(read_yaml(PLANTED)))
+    test = planted_sequences(documents=100, seed=seed + 100_000, directions=seed, **_same(preset_settings(PLANTED)))
     train = token_sequences(planted.h, planted.document, "planted")
     own = dict(batchtopk=dict(temporal="none", groups=[1.], group_weights=None), matryoshka=dict(temporal="none"),
                temporal={})

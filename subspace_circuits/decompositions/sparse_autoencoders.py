@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'ROWS_AT_ONCE', 'PlantedSequences', 'planted_sequences', 'Active', 'weighted_sums', 'select', 'SAE',
-           'check_sae', 'check_shape', 'start_sae', 'with_threshold']
+           'check_sae', 'check_sizes', 'start_sae', 'with_threshold']
 
 # %% ../../nbs/decompositions/sparse_autoencoders.ipynb #imports
 import math
@@ -174,7 +174,7 @@ def check_sae(sae:SAE)->SAE: # The same
         o = getattr(sae, k)
         if tuple(o.shape) != wanted or not o.isfinite().all():
             raise ValueError(f"{k} is {tuple(o.shape)}: {wanted} of finite numbers is needed")
-    check_shape(n, sae.k, sae.groups, sae.rule, sae.block)
+    check_sizes(n, sae.k, sae.groups, sae.rule, sae.block)
     if sae.rule == "batchtopk":
         least = None if sae.threshold is None else float(torch.as_tensor(sae.threshold).min())
         if least is None or not 0 < least < math.inf:
@@ -182,7 +182,7 @@ def check_sae(sae:SAE)->SAE: # The same
                              f"positive code is active; train until the threshold has been set")
     return sae
 
-def check_shape(n:int, k:int, groups:tuple[int, ...], rule:str, block:int):
+def check_sizes(n:int, k:int, groups:tuple[int, ...], rule:str, block:int):
     "Raise if groups, active latents and blocks do not fit a number of latents."
     if rule not in RULES: raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
     if sum(groups) != n or min(groups, default=0) < 1:
@@ -201,7 +201,7 @@ def start_sae(
 )->SAE:
     "Draw an untrained autoencoder: unit decoder rows, the encoder their transpose, no biases."
     groups = (n,) if groups is None else tuple(groups)
-    check_shape(n, k, groups, rule, block)
+    check_sizes(n, k, groups, rule, block)
     W = F.normalize(torch.rand(n, d, generator=generator)*2 - 1, dim=1)
     return SAE(site, rule, k, groups, W.T.contiguous(), torch.zeros(n), W, torch.zeros(d), threshold, block, model)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..activations import check_fingerprint
 from .feature_clusters import Dictionary, read_dictionary
-from .sparse_autoencoders import SAE, check_sae, check_shape
+from .sparse_autoencoders import SAE, check_sae, check_sizes
 from ..files import check_free, read_json, read_tensors, reason, write_json, write_tensors
 
 # %% ../../nbs/decompositions/temporal_files.ipynb #save-code
@@ -86,7 +86,7 @@ def read_public(
     if site is None:
         if said.get("layer") is None: raise ValueError(f"no config.json beside {file} says its layer: name the site")
         site = f"blocks.{said['layer']}.hook_resid_post"
-    check_shape(n, k, groups, rule, 1)
+    check_sizes(n, k, groups, rule, 1)
     return check_sae(SAE(site, rule, k, groups, *(t[o].float().contiguous() for o in TENSORS),
                          None if rule == "topk" else float(threshold)))
 

@@ -12,7 +12,7 @@ from subspace_circuits.decompositions.temporal_files import save_sae
 from subspace_circuits.decompositions.temporal_losses import TokenSequences, token_sequences, stored_rows
 from subspace_circuits.decompositions.sparse_autoencoders import SAE, planted_sequences, start_sae, with_threshold
 from subspace_circuits.decompositions.temporal_training import (
-    OPTIONS, SAETrainer, check_options, finish_sae, read_yaml)
+    OPTIONS, SAETrainer, check_options, finish_sae, preset_settings)
 from subspace_circuits.files import (
     claim_folder, mark, read_json, read_tensors, replacing, write_json, write_tensors, write_text)
 from subspace_circuits.models import open_model
@@ -22,7 +22,7 @@ __all__ = ["TEMPORAL_LAYOUT", "decompose_temporal", "read_temporal", "temporal_l
 SITE = {"checkpoint.safetensors": "sae checkpoint", "metrics.jsonl": "losses", "sae.json": "sparse autoencoder",
         "sae.safetensors": "sparse autoencoder"}
 TEMPORAL_LAYOUT = {"config.json": "sparse autoencoders", "metrics.json": "sparse autoencoder metrics",
-                   "report.html": "sparse autoencoder report", "site-*": SITE}
+                   "report.html": "sparse autoencoder report", "writer.pid": "lock", "site-*": SITE}
 SAVES = 10 # Checkpoints of a run
 HELD_OUT = .1 # Share of a store's documents, the last ones, that are kept for measuring
 DATA = dict(store=None, planted=None, sites=None, model=None, open={}, skip=0)
@@ -30,7 +30,7 @@ DATA = dict(store=None, planted=None, sites=None, model=None, open={}, skip=0)
 
 def read_temporal(config: str | Path, seed: int | None = None) -> dict:
     "Settings from a preset or a file, complete and checked."
-    given = read_yaml(config)
+    given = preset_settings(config)
     known = [*DATA, *OPTIONS]
     if unknown := sorted(map(str, given.keys() - set(known))):
         raise ValueError(f"{config} has {unknown[0]!r}, which temporal-sae does not take: use {', '.join(known)}")
@@ -83,14 +83,17 @@ def decompose_temporal(config: str | Path, out: Path, seed: int | None = None, o
                        resume: bool = False, until: int | None = None) -> dict:
     "Train an autoencoder of every site into a folder, or finish those that are there; their metrics."
     out, settings = Path(out), read_temporal(config, seed)
-    held = claim_folder(out, TEMPORAL_LAYOUT, settings, "job", overwrite, resume)
-    if held and (out/"metrics.json").exists(): return read_json(out/"metrics.json", TEMPORAL_LAYOUT["metrics.json"])
+    with claim_folder(out, TEMPORAL_LAYOUT, settings, "job", overwrite, resume) as held:
+        if held and (out/"metrics.json").exists(): return read_json(out/"metrics.json", TEMPORAL_LAYOUT["metrics.json"])
+        return _decompose(out, settings, until)
+
+
+def _decompose(out: Path, settings: dict, until: int | None) -> dict:
+    "Train in a claimed folder, to the end or until a checkpoint."
     data = _data(settings)
     trainers = {s: SAETrainer({k: settings[k] for k in OPTIONS}, train) for s, (train, *_) in data.items()}
     model, *text = _model(settings)
-    if not held:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out/"config.json", settings, TEMPORAL_LAYOUT["config.json"])
+    if not (out/"config.json").exists(): write_json(out/"config.json", settings, TEMPORAL_LAYOUT["config.json"])
     metrics, curves = {}, {}
     for i, (site, (_, test, key)) in enumerate(data.items()):
         trainer, folder = trainers.pop(site), out/f"site-{i}"
