@@ -73,10 +73,10 @@ def run_language(name: str, out: Path, data: str | None = None, layers: str | No
     with one_writer(out):
         if claim_language(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
         print(estimate(model, some, sites), flush=True)
-        return carry_out(out, job, model, tokenizer, task, held)
+        return look_at_window(out, job, model, tokenizer, task, held)
 
 
-def carry_out(out: Path, job: dict, model, tokenizer, task: NextTokens, held: NextTokens) -> dict:
+def look_at_window(out: Path, job: dict, model, tokenizer, task: NextTokens, held: NextTokens) -> dict:
     "Every stage that a claimed folder lacks; the metrics."
     seed, sites, method = job["seed"], job["sites"], job["method"]
     some, length = range(job["layers"][0], job["layers"][1] + 1), task.lengths[1]
