@@ -61,6 +61,14 @@ def prose(cell):
     return re.sub(r"^(```+).*?^\1\s*$", "", text, flags=re.M | re.S)
 
 
+LARGEST = 5e6 # Bytes of a page: what a reader on a phone waits for
+
+
+def weight(cells):
+    "About how many bytes a page has: what is written, and every output as it is put there."
+    return sum(len(o.source.encode()) + len(elements(o).encode()) for o in cells)
+
+
 def slug(heading):
     "The id that Pandoc gives a heading."
     if own := re.search(r"\{[^}]*#([^\s}]+)", heading): return own[1]
@@ -120,6 +128,8 @@ def process(path):
     for cell in nb.cells:
         for o in ids(cell): where.setdefault(o, []).append(name(cell))
     failed = {cell for cell, _ in nb.found_}
+    if (size := weight(nb.cells)) > LARGEST:
+        nb.found_.append(("the page", f"{size/1e6:.1f} MB, the most is {LARGEST/1e6:.0f}"))
     found = nb.found_ + [(name(o), fault) for o in nb.cells if name(o) not in failed for fault in faults(o, where)]
     pattern = re.escape(f"{get_config().doc_host}{get_config().doc_baseurl}/") + r"([\w./]+\.html)(?:#([\w.-]+))?"
     links = [(name(o), *link) for o in nb.cells for link in re.findall(pattern, prose(o))]

@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb; with --check, fail if it is out of date. Needs no Quarto."
+"Write README.md and nbs/llms.txt from nbs/index.ipynb; with --check, fail if either is out of date. Needs no Quarto."
 import re, sys
 from pathlib import Path
 
@@ -22,7 +22,20 @@ def readme():
     return note + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def llms():
+    "The front page's map as a list of links, in the form of llmstxt.org."
+    cells = {o.id: o.source for o in nbformat.read(root/"nbs/index.ipynb", as_version=4).cells}
+    title, claim, *_ = [o for o in cells["6d1f0a01"].splitlines() if o.strip()]
+    site = "https://subspace-circuits.github.io/subspace_circuits"
+    rows = re.findall(r"^\| \[([^]]+)\]\((.+?)\.ipynb\) \|.*\| (.+) \|$", cells["6d1f0a06"], re.M)
+    file = lambda page: re.sub(r"(^|/)\d+[a-z]*_", r"\1", page) # as nbdev names it on the site
+    pages = [f"- [{name}]({site}/{file(page)}.html): {what}" for name, page, what in rows]
+    return "\n".join([title, "", claim, "", "## Pages", "", *pages, "", "## More", "",
+                      "- [Notebooks and sources](https://github.com/subspace-circuits/subspace_circuits)", ""])
+
+
 if __name__ == "__main__":
-    path, text = root/"README.md", readme()
-    if "--check" not in sys.argv: path.write_text(text, encoding="utf-8")
-    elif path.read_text(encoding="utf-8") != text: sys.exit("README.md differs from nbs/index.ipynb: run `make readme`")
+    for path, text in ((root/"README.md", readme()), (root/"nbs"/"llms.txt", llms())):
+        if "--check" not in sys.argv: path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} differs from nbs/index.ipynb: run `make readme`")

@@ -77,7 +77,8 @@ def read_eap(file:str|Path)->Wiring: # JSON or .pt of EAP, or of the MIB benchma
         with foreign(f"{file} is no graph of EAP", again):
             o = torch.load(file, map_location="cpu", weights_only=True)
             kept = [(o["src_nodes"][i], o["dst_nodes"][j]) for i, j in o["edges_in_graph"].nonzero().tolist()]
-            edges = {(a, b): o["edges_scores"][o["src_nodes"].index(a), o["dst_nodes"].index(b)].item() for a, b in kept}
+            at = lambda a, b: (o["src_nodes"].index(a), o["dst_nodes"].index(b))
+            edges = {k: o["edges_scores"][at(*k)].item() for k in kept}
             return _wiring(file, edges, o["cfg"]["n_layers"], o["cfg"]["n_heads"])
     o = read_json_of_others(file, again, EAP)
     edges = {tuple(k.split("->")): v.get("score") for k, v in o["edges"].items() if v.get("in_graph", True)}
@@ -86,8 +87,8 @@ def read_eap(file:str|Path)->Wiring: # JSON or .pt of EAP, or of the MIB benchma
 def _wiring(file, edges, layers, heads):
     "A circuit whose edges are all possible ones."
     if bad := [o for o in edges if o not in possible_edges(layers, heads)]:
-        raise ValueError(f"{file} has the edge {'->'.join(bad[0])}, which a model of {layers} layers with {heads} heads "
-                         "cannot have: fetch it again")
+        raise ValueError(f"{file} has the edge {'->'.join(bad[0])}, which a model of {layers} layers with {heads} "
+                         "heads cannot have: fetch it again")
     return Wiring(str(file), edges, layers, heads)
 
 def save_eap(
@@ -96,7 +97,8 @@ def save_eap(
     "Write a circuit as EAP and the MIB benchmark read it, an edge's score 1 where it is kept."
     layers, heads = G.graph["n_layers"], G.graph["n_heads"]
     kept, every = component_edges(G), sorted(possible_edges(layers, heads))
-    nodes = {o: dict(in_graph=any(o in (a, b.split("<")[0]) for a, b in kept)) for o in dict.fromkeys(a for a, _ in every)}
+    used = {o.split("<")[0] for k in kept for o in k}
+    nodes = {o: dict(in_graph=o in used) for o in dict.fromkeys(a for a, _ in every)}
     edges = {f"{a}->{b}": dict(score=float((a, b) in kept), in_graph=(a, b) in kept) for a, b in every}
     cfg = dict(n_layers=layers, n_heads=heads, parallel_attn_mlp=False)
     write_json(file, dict(cfg=cfg, nodes=nodes | dict(logits=dict(in_graph=True)), edges=edges), "eap graph")
@@ -109,8 +111,8 @@ def read_tracer(file:str|Path)->Wiring: # JSON of circuit-tracer or of Neuronped
     "Read an attribution graph as edges between input, MLPs and logits; of several links the largest weight."
     o = read_json_of_others(file, "pass a JSON file that create_graph_files of circuit-tracer wrote", TRACER)
     def component(n):
-        if n["feature_type"] in ("embedding", "logit"): return dict(embedding="input", logit="logits")[n["feature_type"]]
-        return f"m{int(n['layer'])}"
+        ends = dict(embedding="input", logit="logits")
+        return ends.get(n["feature_type"]) or f"m{int(n['layer'])}"
     with foreign(f"{file} has nodes that are of no layer", "fetch it again"):
         names = {n["node_id"]: component(n) for n in o["nodes"]}
         depth = max(int(n["layer"]) for n in o["nodes"] if n["feature_type"] == "logit") - 1
@@ -199,14 +201,14 @@ class SpacesInCommon(NamedTuple):
 
     def __str__(self):
         return (f"{self.first_in_second:.3f} of each of the {self.n[0]} first in one of the second (turned at random "
-                f"{self.chance[0]:.3f}), {self.second_in_first:.3f} of each of the {self.n[1]} second in one of the first "
-                f"({self.chance[1]:.3f})")
+                f"{self.chance[0]:.3f}), {self.second_in_first:.3f} of each of the {self.n[1]} second in one of the "
+                f"first ({self.chance[1]:.3f})")
 
 def compare_spaces(one:Spaces, two:Spaces, seed:int=0, draws:int=3)->SpacesInCommon:
     "Compare two sets of subspaces of one space."
     if one.width != two.width or one.site and two.site and one.site != two.site:
-        raise ValueError(f"{one.source} is of {one.site or 'a site it does not name'}, {one.width} wide, {two.source} of "
-                         f"{two.site or 'one it does not name'}, {two.width} wide: compare two of one site")
+        a, b = (f"{o.source} is of {o.site or 'a site it does not name'}, {o.width} wide" for o in (one, two))
+        raise ValueError(f"{a}; {b}: compare two of one site")
     mean = lambda a, b: sum(v for _, v in best_shares(a, b).values())/len(a)
     g, turned = torch.Generator().manual_seed(seed), []
     for _ in range(draws):

@@ -123,6 +123,7 @@ def one_writer(
     while not locked:
         if path.is_symlink(): raise ValueError(f"{path} is a link, not a lock of ours: name another folder")
         try: file = folder.mkdir(parents=True, exist_ok=True) or path.open("a+")
+        except FileNotFoundError: continue # its last owner has just removed the folder
         except OSError as e:
             raise ValueError(f"{folder} cannot be written ({reason(e)}): name another folder") from None
         try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,8 +2,9 @@
 `python tests/faults.py --kills N --mutations N --seed N`.
 
 Kills: every kind of job is ended by SIGKILL at random instants and started again until it is done; its bytes must be
-those of a job that ran through, and no process that it started may be left. Mutations: of every format a file is cut short, flipped, zeroed, swapped, nested and replaced in random places; what reads it must refuse it in one line that
-names it, or say what it said before. Formats of others carry no hash: there a changed number may be another number."""
+those of a job that ran through, and no process that it started may be left. Mutations: of every format a file is cut
+short, flipped, zeroed, swapped, nested and replaced in random places; what reads it must refuse it in one line that
+names it, or say what it said before. Formats of others carry no hash: a changed number there may be another number."""
 import argparse, gzip, json, os, pickle, random, shutil, signal, struct, sys, tempfile, time, traceback, warnings
 from collections import Counter
 from contextlib import contextmanager

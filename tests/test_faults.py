@@ -1,4 +1,4 @@
-"""What a machine does to work: a small, seeded part of `make faults` (tests/faults.py), and the ends of processes, disks,
+"""What a machine does to work: a small, seeded part of `make faults` (tests/faults.py), and ends of processes, disks,
 folders and terminals, each as a kind."""
 import json, os, random, resource, signal, subprocess, sys, time
 from functools import cache

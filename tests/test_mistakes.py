@@ -1,4 +1,4 @@
-"""Mistakes that a user makes, at the command line and from Python: each is refused in one line that names what was given
+"""Mistakes that a user makes, at the command line and from Python: each is refused in one line, naming what was given
 and what would have worked, before anything is written."""
 import gzip, json
 from functools import cache

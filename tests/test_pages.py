@@ -32,6 +32,7 @@ def test_faults_are_named(tmp_path):
         cell("far", "draw()", data={"text/html": '<script src="https://cdn.example.org/plotly.js"></script>'}),
         cell("run", "draw()", data={"application/javascript": "alert(1)"}),
         cell("frame", "draw()", data={"text/html": '<iframe srcdoc="words"></iframe>'}),
+        cell("heavy", "x" + "y"*6_000_000, "markdown"),
         cell("nested", "See [the `plant`](elsewhere.ipynb) and ![`plant` as it is drawn there](plant.png).",
              "markdown"),
         cell("bare", "See page 03d, [page 03c](#some-figure), [page 02](#nowhere) and ![](plant.png).", "markdown"),
@@ -43,6 +44,7 @@ def test_faults_are_named(tmp_path):
     found = [o.removeprefix("page.ipynb: ") for o in done.stderr.splitlines() if o.startswith("page.ipynb: ")]
     wanted = [
         "the page: not both a notebook and in the sidebar",
+        "the page: 6.0 MB, the most is 5",
         "show_doc(early): NameError: name 'Later' is not defined",
         "mixed: imports and other code",
         "show_doc(Later): no link to the source", # a class of this page, not of the package

@@ -84,7 +84,7 @@ def test_an_interrupted_save_leaves_nothing_that_opens(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file, content, said", [
     ("partition.json", "{", "is no JSON"), ("partition.json", "[]", "partition.json is [], an object is needed"),
-    ("partition.json", '{"site": "x"}', "names no site and no subspaces"),
+    ("partition.json", '{"site": "x"}', "partition.json has no names"),
     ("partition.json", '{"format": 9, "site": "site", "names": []}', "has format 9, this version reads format 1"),
     ("partition.json", '{"site": "site", "names": ["s0", "other"]}', "lacks basis.other"),
     ("partition.safetensors", "half", "is no whole safetensors file")])
@@ -164,8 +164,9 @@ def test_files_that_are_not_whole(tmp_path, content):
 
 
 @pytest.mark.parametrize("sizes, said", [((2, 2), "add up to 4, R-toy-x0.mid.pt is 5 wide"),
-                                         ((6, -1), "positive integers"), ((2.5, 2.5), "positive integers"),
-                                         (("2", "3"), "positive integers")])
+                                         ((6, -1), "positive integers"),
+                                         ((2.5, 2.5), "is 2.5, a whole number is needed"),
+                                         (("2", "3"), 'is "2", a whole number is needed')])
 def test_sizes_that_do_not_fit(tmp_path, sizes, said):
     with refused(said): read_published(write(tmp_path, {key: rotation(5)}, sizes))
 

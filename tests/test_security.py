@@ -26,7 +26,7 @@ class Trap:
 
 
 def test_pickles(tmp_path):
-    "Every suffix that a model, a matrix, a graph or a dictionary may have; the trap works, so its silence says something."
+    "Every suffix that a model, a matrix, a graph or a dictionary may have; that the trap works is shown at the end."
     sprung = tmp_path/"sprung"
     raw, zipped = pickle.dumps(Trap(sprung)), tmp_path/"zipped"
     torch.save({"R.parametrizations.weight.0.base": Trap(sprung), "cfg": Trap(sprung)}, zipped)
@@ -37,7 +37,7 @@ def test_pickles(tmp_path):
             for read in (open_model, read_published, read_held):
                 with pytest.raises(ValueError): read(tmp_path/name)
     (tmp_path/"sae").mkdir()
-    (tmp_path/"sae"/"cfg.json").write_text(json.dumps(dict(architecture="standard", hook_name="blocks.0.hook_resid_mid")))
+    (tmp_path/"sae"/"cfg.json").write_text('{"architecture": "standard", "hook_name": "blocks.0.hook_resid_mid"}')
     (tmp_path/"sae"/"sae_weights.safetensors").write_bytes(raw)
     with pytest.raises(ValueError, match="pickles are not opened"): read_dictionary(tmp_path/"sae")
     np.save(tmp_path/"rows.npy", np.array([Trap(sprung)], dtype=object), allow_pickle=True)
