@@ -260,6 +260,8 @@ def benchmark_circuits(*, seeds: Annotated[int,
                                                              "kind.")] = 3,
                        learned: Annotated[bool,
                                           typer.Option(help="Learn subspaces too: minutes for each model.")] = True,
+                       first_seed: Annotated[int, typer.Option(min=0, help="The first of these seeds.")] = 0,
+                       bare: Annotated[bool, typer.Option("--bare", help="Plant without decoys.")] = False,
                        grades: Annotated[Optional[Path],
                                          typer.Option(help="File of JSON lines to keep every grade in as it comes; "
                                                            "the same command goes on from there. After a change of a "
@@ -273,7 +275,8 @@ def benchmark_circuits(*, seeds: Annotated[int,
     and on random models; each figure beside its bar."""
     from subspace_circuits.bench.circuits import benchmark_circuits
     _print_figures(benchmark_circuits(*((("induction", "histogram"), 1, False) if quick else ()), kept=grades,
-                                      **({} if quick else dict(seeds=seeds, learned=learned))), as_json)
+                                      **({} if quick else dict(seeds=seeds, learned=learned, first=first_seed,
+                                                               bare=bare))), as_json)
 
 
 @benchmark.command("evaluation", cls=Checked)

@@ -379,7 +379,8 @@ def write_metrics(out: Path, model, task, evidence: dict, scores: dict, counts: 
 
 def list_files(out: Path):
     "List every file of a finished run by its hash."
-    listed = [o for o, ours in walk(out, RUN) if ours and out/"index" not in o.parents and kind_of(o) != "lock"]
+    listed = [o for o, ours in walk(out, RUN)
+              if ours and out/"index" not in o.parents and o != out/"files.json" and kind_of(o) != "lock"]
     write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
 
 
