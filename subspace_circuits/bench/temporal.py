@@ -1,6 +1,7 @@
 "Temporal sparse autoencoders: planted latents; speed, memory and smoothness beside the public code."
 import math, os, subprocess, sys, time, types
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,91 @@ def planted_figures(seeds:int=5, steps:int|None=None)->Iterator[dict]:
     yield told("slow latents in the high split (cosine .95), mean over seeds", sum(high)/seeds, "", "1", min(high) == 1)
     yield told("slow latents in the low split", sum(low)/seeds, "", "0", max(low) == 0)
     yield told("latents alive, worst seed", min(alive), "", ".85 or more", min(alive) >= .85)
+
+
+# ## Language models
+
+MODULES = ("email", "asyncio", "http", "statistics", "decimal", "unittest", "argparse", "logging", "multiprocessing",
+           "collections", "urllib", "xml") # Whose documentation is read, a topic each
+
+
+def docstring_texts(modules:tuple[str, ...]=MODULES)->dict[str, str]:
+    "What Python's standard library says of itself, module by module: texts that every machine has."
+    import importlib, inspect, pkgutil
+    out = {}
+    for name in modules:
+        found, parts, seen = [top := importlib.import_module(name)], [], set()
+        for o in pkgutil.iter_modules(getattr(top, "__path__", [])):
+            if o.name.startswith("_"): continue
+            with suppress(ImportError): found.append(importlib.import_module(f"{name}.{o.name}")) # of another system
+        for module in found:
+            members = [module, *(o for _, o in sorted(inspect.getmembers(module)) if inspect.isclass(o)
+                                 or inspect.isfunction(o))]
+            for o in members:
+                if not (getattr(o, "__module__", None) or getattr(o, "__name__", "")).startswith(name): continue
+                inner = [v for _, v in sorted(vars(o).items()) if inspect.isfunction(v)] if inspect.isclass(o) else []
+                for x in (o, *inner):
+                    text = inspect.getdoc(x) if getattr(x, "__doc__", None) else None
+                    if text and len(text) > 80 and text not in seen:
+                        seen.add(text)
+                        parts.append(text)
+        out[name] = "\n\n".join(parts)
+    return out
+
+
+@torch.no_grad()
+def documented_rows(model, tokenizer, site:str, each:int=16, length:int=96):
+    "Rows of a site over documents of equal length; their documents, topics and tokens. The first position is left out."
+    from subspace_circuits.activations import given, read_sites
+    docs, topics = [], []
+    for name, text in docstring_texts().items():
+        ids = tokenizer.encode(text)
+        for i in range(min(each, len(ids)//(length - 1))):
+            docs.append([tokenizer.bos_token_id, *ids[i*(length - 1):(i + 1)*(length - 1)]])
+            topics.append(name)
+    docs = torch.tensor(docs)
+    h = torch.cat([read_sites(model, given(o), [site])[site].float() for o in docs.split(8)])[:, 1:]
+    return torch.as_tensor(h).as_subclass(torch.Tensor).flatten(0, 1), docs, topics
+
+
+def compare_methods(h, document, test:torch.Tensor, settings:dict, seeds:int, site:str, done=lambda o: None)->list[dict]:
+    "The three methods on rows of a model at equal k, and an untrained dictionary; rows of `test` are held out."
+    train, rows = (token_sequences(h[o], document[o], site) for o in (~test, test))
+    own = dict(batchtopk=dict(temporal="none", groups=[1.], group_weights=None), matryoshka=dict(temporal="none"),
+               temporal={})
+    out = []
+    for seed in range(seeds):
+        found = {k: train_sae(train, **settings | dict(seed=seed) | own[k]) for k in METHODS}
+        nothing = start_sae(site, h.shape[1], settings["latents"], torch.Generator().manual_seed(seed), settings["k"],
+                            found["temporal"].groups)
+        found["untrained"] = with_threshold(nothing._replace(b_dec=h[~test].mean(0)), h[~test])
+        for k, sae in found.items():
+            o = evaluate_sae(sae, rows)
+            out.append(dict(seed=seed, method=k, fve=round(o["fve"], 4), l0=round(o["l0"], 2), alive=round(o["alive"], 3),
+                            **{m: round(o["smoothness"]["group 0"][m], 4) for m in
+                               ("tv_share", "lipschitz", "lipschitz_free", "spectral")},
+                            shuffled=round(o["shuffled"]["group 0"]["tv_share"], 4)))
+            done(out[-1])
+    return out
+
+
+def language_figures(file:Path)->Iterator[dict]:
+    "What was measured on language models, from the lines kept in a file."
+    import json
+    for name, o in json.loads(Path(file).read_text()).items():
+        by = {k: [x for x in o["runs"] if x["method"] == k] for k in (*METHODS, "untrained")}
+        n = len(by["temporal"])
+        better = sum(t["tv_share"] < min(m["tv_share"], b["tv_share"])
+                     for t, m, b in zip(by["temporal"], by["matryoshka"], by["batchtopk"]))
+        close = min(t["fve"] - max(m["fve"], b["fve"])
+                    for t, m, b in zip(by["temporal"], by["matryoshka"], by["batchtopk"]))
+        for k, v in by.items():
+            mean = {m: sum(x[m] for x in v)/n for m in ("fve", "alive", "l0", "tv_share", "shuffled")}
+            yield figure(f"{name}, {k}: explains {mean['fve']:.3f}, {mean['l0']:.1f} active, alive {mean['alive']:.2f}, "
+                         f"shuffled {mean['shuffled']:.3f}; variation of the high split", mean["tv_share"], "of activity")
+        yield figure(f"{name}: seeds of {n} on which T-SAE is smoother than both", better, "", str(n), better == n)
+        yield figure(f"{name}: variance explained less the better of both, worst seed", close, "", "-.02 or more",
+                     close >= -.02)
 
 
 # ## Speed and memory
