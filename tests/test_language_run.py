@@ -1,0 +1,64 @@
+"""The main job on a tiny language model, from the command line: what it writes, that it is not made twice, and what is
+refused before anything is captured."""
+import gzip, json
+
+import pytest
+import torch
+from commands import call, refused
+
+from subspace_circuits.language_run import LENGTH, is_language_model, shipped_text, window_layers
+from subspace_circuits.suites import save_small_gpt2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.set_num_threads(1)
+    return save_small_gpt2(tmp_path_factory.mktemp("model"), n_layers=3)
+
+
+def test_run_and_reuse(tmp_path, model):
+    run = tmp_path/"run"
+    code, out, _ = call("run", model, "--layers", "1-2", "--out", run)
+    assert code == 0 and "found: " in out and "whole sites: " in out and "subspaces have a name" in out
+    metrics = json.loads((run/"metrics.json").read_text())
+    circuit = metrics["circuit"]
+    assert set(circuit["needed"]) == {"found", "pca", "random", "whole sites"}
+    assert circuit["candidates"]["found"] == circuit["candidates"]["pca"] > circuit["candidates"]["whole sites"]
+    assert set(metrics["grade"]["graded"]) == {"found", "ndm", "pca", "ica", "random"}
+    assert list(metrics["sites"]) == [f"blocks.{o}" for o in (
+        "0.hook_resid_post", "1.hook_resid_mid", "1.hook_resid_post", "2.hook_resid_mid", "2.hook_resid_post")]
+    report = (run/"report.html").read_text()
+    assert "would have refuted" in report and "random rotation" in report and "NaN" not in report.split("<script>")[0]
+    written = {o: o.stat().st_mtime_ns for o in run.rglob("*") if o.is_file()}
+    assert call("run", model, "--layers", "1-2", "--out", run)[0] == 0
+    assert {o: o.stat().st_mtime_ns for o in run.rglob("*") if o.is_file()} == written
+    assert "holds a run with layers [1, 2], not [1, 1]" in refused("run", model, "--layers", "1", "--out", run)
+
+
+@pytest.mark.parametrize("options, why", [
+    (("--layers", "1-3"), "this model has layers 0 to 2"), (("--layers", "2-1"), "the first one first"),
+    (("--layers", "middle"), "write the first and the last, as 10-12"),
+    (("--layers", "1", "--method", "ica"), "unknown method 'ica': use one of readers, ndm"),
+    (("--layers", "1", "--task", "ioi"), "leave --task out"), (("--data", "none.txt"), "no text in none.txt")])
+def test_bad_input_is_one_line(tmp_path, model, options, why):
+    assert why in refused("run", model, *options, "--out", tmp_path/"run")
+    assert not (tmp_path/"run").exists()
+
+
+def test_short_text_is_refused(tmp_path, model):
+    (tmp_path/"short.txt").write_text("John went to the park . "*60)
+    assert "10 are needed" in refused("run", model, "--data", tmp_path/"short.txt", "--out", tmp_path/"run")
+
+
+def test_behaviour_that_is_not_there_is_refused(model):
+    said = refused("locate", model, "--task", "ioi")
+    assert "does not do test1: " in said and "50% would be chance" in said
+    assert "unknown task 'capitals'" in refused("locate", model, "--task", "capitals")
+
+
+def test_shipped_text_and_default_window(model):
+    text = gzip.open(shipped_text(), "rt").read()
+    assert len(text) > 400_000 and text.count("<|endoftext|>") == 30 and LENGTH == 128
+    class Shape: cfg = type("cfg", (), dict(n_layers=30))
+    assert window_layers(Shape, None) == range(13, 16) and window_layers(Shape, "10-12") == range(10, 13)
+    assert not is_language_model("induction") and not is_language_model("planted-induction")
