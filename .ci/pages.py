@@ -66,7 +66,7 @@ LARGEST = 5e6 # Bytes of a page: what a reader on a phone waits for
 
 def weight(cells):
     "About how many bytes a page has: what is written, and every output as it is put there."
-    return sum(len(o.source.encode()) + len(elements(o).encode()) for o in cells)
+    return sum(len(o.source.encode()) + (len(elements(o).encode()) if o.cell_type == "code" else 0) for o in cells)
 
 
 def slug(heading):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EAP', 'TRACER', 'FORMATS', 'Wiring', 'component_edges', 'possible_edges', 'read_eap', 'save_eap', 'read_tracer',
            'Overlap', 'compare_wirings', 'Spaces', 'of_partition', 'of_dictionary', 'of_components', 'best_shares',
-           'SpacesInCommon', 'compare_spaces', 'save_published', 'Format', 'read_held', 'compare_held']
+           'SharedSpace', 'compare_spaces', 'save_published', 'Format', 'read_held', 'compare_held']
 
 # %% ../nbs/03h_exchange.ipynb #imports
 import re
@@ -192,7 +192,7 @@ def best_shares(
         out[k] = names[i := int(held.argmax())], held[i].item()
     return out
 
-class SpacesInCommon(NamedTuple):
+class SharedSpace(NamedTuple):
     "How two sets of subspaces lie to one another."
     first_in_second: float # Mean over the first of the largest share in one of the second
     second_in_first: float
@@ -204,7 +204,7 @@ class SpacesInCommon(NamedTuple):
                 f"{self.chance[0]:.3f}), {self.second_in_first:.3f} of each of the {self.n[1]} second in one of the "
                 f"first ({self.chance[1]:.3f})")
 
-def compare_spaces(one:Spaces, two:Spaces, seed:int=0, draws:int=3)->SpacesInCommon:
+def compare_spaces(one:Spaces, two:Spaces, seed:int=0, draws:int=3)->SharedSpace:
     "Compare two sets of subspaces of one space."
     if one.width != two.width or one.site and two.site and one.site != two.site:
         a, b = (f"{o.source} is of {o.site or 'a site it does not name'}, {o.width} wide" for o in (one, two))
@@ -216,7 +216,7 @@ def compare_spaces(one:Spaces, two:Spaces, seed:int=0, draws:int=3)->SpacesInCom
         a = {k: Q@v for k, v in one.bases.items()}
         turned.append((mean(a, two.bases), mean(two.bases, a)))
     chance = tuple(sum(o)/draws for o in zip(*turned))
-    return SpacesInCommon(mean(one.bases, two.bases), mean(two.bases, one.bases), chance, (len(one.bases), len(two.bases)))
+    return SharedSpace(mean(one.bases, two.bases), mean(two.bases, one.bases), chance, (len(one.bases), len(two.bases)))
 
 # %% ../nbs/03h_exchange.ipynb #published
 def save_published(

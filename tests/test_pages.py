@@ -44,9 +44,9 @@ def test_faults_are_named(tmp_path):
     found = [o.removeprefix("page.ipynb: ") for o in done.stderr.splitlines() if o.startswith("page.ipynb: ")]
     wanted = [
         "the page: not both a notebook and in the sidebar",
-        "the page: 6.0 MB, the most is 5",
         "show_doc(early): NameError: name 'Later' is not defined",
         "mixed: imports and other code",
+        "the page: 6.0 MB, the most is 5",
         "show_doc(Later): no link to the source", # a class of this page, not of the package
         "wrong: its figure is 'figure:twice', and so is something else: wrong, again",
         "again: its figure is 'figure:twice', and so is something else: wrong, again",
