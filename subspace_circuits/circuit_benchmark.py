@@ -8,9 +8,9 @@ __all__ = ['Scores', 'METHODS', 'DECIDING', 'LEARNERS', 'OTHER_LIMITS', 'COLUMNS
            'virtual_weights', 'writers', 'random_weights', 'composed', 'composition', 'composition_over_random',
            'directions', 'svd_composition', 'Run', 'trace_run', 'parts_of_run', 'answer_logits', 'attribution', 'eap',
            'eap_ig', 'co_moments', 'twera', 'ablation', 'chance', 'FoundKey', 'found_key', 'reported',
-           'in_random_order', 'key_grade', 'key_grades', 'grade', 'learned_partitions', 'from_rows', 'read_grades',
-           'compare_methods', 'compare_random', 'summary_of_methods', 'summary_of_learners', 'as_table',
-           'draw_comparison']
+           'in_random_order', 'key_grade', 'key_grades', 'grade', 'searched_partitions', 'learned_partitions',
+           'from_rows', 'read_grades', 'compare_methods', 'compare_random', 'summary_of_methods', 'summary_of_learners',
+           'as_table', 'draw_comparison']
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #imports
 import copy, json, math, re, time
@@ -36,11 +36,12 @@ from .edges import (
 from .forward import Weights, circuit_sites, read_site, write_site
 from .growth import learn_partition
 from .keep_only import Judge, KeepOnly
-from .known_circuits import KnownCircuit, null_model
+from .known_circuits import DECOYS, KnownCircuit, null_model
 from .partition import Isolation, Partition, STRICT, judge_shares, key_shares
 from .published_ndm import PUBLISHED, train_ndm
 from .search import written
 from .stability import baseline_partition
+from .stream_variables import variables_or_none
 from .toy_models import Batch, Task, accuracy
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #by-edge
@@ -431,14 +432,20 @@ def grade(
     return key_grades(known, split.partitions, homes, scores, found) | dict(n=len(found), right=right)
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #learned
-def learned_partitions(
+def searched_partitions(
     known:KnownCircuit, lists:int=4000, seed:int=0, # How many lists to run
 )->dict[str, Partition]: # By site
-    "Learn the partition of every site from activations and from what each component wrote."
+    "Learn the partition of every site from its rows and from what each component wrote there."
     sites, task = circuit_sites(known.model), read_by(known.model, known.task)
     batch = task.sample(lists, generator=torch.Generator().manual_seed(seed))
     rows, wrote = batch_rows(known.model, batch, sites), written(known.model, batch, sites)
     return {s: learn_partition(rows[s], s, seed, written=wrote[s]) for s in tqdm(sites, desc=f"{known.name} {seed}")}
+
+def learned_partitions(
+    known:KnownCircuit, lists:int=4000, seed:int=0, # Of lists, as many as a search takes
+)->dict[str, Partition]: # By site
+    "Learn the partitions of a model from what components write and read; by search, where weights do not divide it."
+    return variables_or_none(known.model, known.task, seed) or searched_partitions(known, lists, seed)
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #rivals
 def from_rows(
@@ -460,7 +467,7 @@ def _of_true_sizes(kind):
     return from_rows(fit)
 
 LEARNERS = {
-    "ours": learned_partitions,
+    "ours": learned_partitions, "search alone": searched_partitions,
     "one block": from_rows(lambda h, site, known, seed: Partition({"all": torch.eye(h.shape[1])}, site)),
     "random rotation": _of_true_sizes("random"), "PCA": _of_true_sizes("pca"), "ICA, grouped": _of_true_sizes("ica"),
     "closed form": from_rows(lambda h, site, known, seed: closed_form(h, site, seed)),
@@ -474,7 +481,7 @@ def read_grades(file:Path)->list[dict]: # As `compare_methods` gives them
     "Read the grades that `compare_methods` kept, one in a line."
     try: rows = [json.loads(o) for o in file.read_text(encoding="utf-8").splitlines()]
     except (ValueError, OSError): rows = [None]
-    if not all(isinstance(o, dict) and {"family", "seed", "learner", "method", "strict"} <= o.keys() for o in rows):
+    if not all(isinstance(o, dict) and {"family", "seed", "learner", "bare", "method", "strict"} <= o.keys() for o in rows):
         raise ValueError(f"{file} holds something else than grades, one in a line: name another file")
     return rows
 
@@ -488,13 +495,13 @@ def _isolation_counts(known, sites, measured, homes):
     return dict(variables=len(homes), alone=counts, missed={k: v for k, v in missed.items() if v})
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #compare-model
-def _compare_one(family, seed, learner, methods):
+def _compare_one(family, seed, learner, bare, methods):
     "The grades of one planted model."
-    known, start = plant(family, seed=seed, certified=False), time.perf_counter()
+    known, start = plant(family, seed, () if bare else DECOYS, certified=False), time.perf_counter()
     partitions = LEARNERS[learner](known, seed=seed) if learner else planted_partitions(known)
     learning, measured = round(time.perf_counter() - start, 2), key_shares(known, partitions)
     homes = judge_shares(known, measured)
-    about = dict(family=family, seed=seed, learner=learner, **_isolation_counts(known, partitions, measured, homes))
+    about = dict(family=family, seed=seed, learner=learner, bare=bare, **_isolation_counts(known, partitions, measured, homes))
     key = found_key(known, partitions, homes)
     if not key.edges:
         none = dict(precision=dict.fromkeys(key.count, 0.), exact=False)
@@ -511,17 +518,17 @@ def _compare_one(family, seed, learner, methods):
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #compare-all
 def compare_methods(
-    families:tuple[str, ...], seeds:int=1, # Seeds of each family
+    families:tuple[str, ...], seeds:int|range=1, # Seeds of each family: how many, or which
     learner:str="", # One of `LEARNERS`, or none: the true subspaces
     methods:dict[str, Callable]=METHODS,
     kept:Path|None=None, # A file of JSON lines: what it holds is not measured again
+    bare:bool=False, # Planted without decoys
 )->list[dict]: # For each method and model: what `grade` says, variables isolated, seconds of learning and of the method
-    "Grade methods on planted circuits with decoys; where no true edge can be recovered no method is asked."
+    "Grade methods on planted circuits; where no true edge can be recovered no method is asked."
     held, rows = read_grades(kept) if kept and kept.exists() else [], []
-    jobs = [(f, s) for f in families for s in range(seeds)]
-    for family, seed in tqdm(jobs, desc=learner or "planted"):
-        job = (family, seed, learner)
-        mine = [o for o in held if (o["family"], o["seed"], o["learner"]) == job and o["method"] in methods]
+    jobs = [(f, s, learner, bare) for f in families for s in (range(seeds) if isinstance(seeds, int) else seeds)]
+    for job in tqdm(jobs, desc=learner or "planted"):
+        mine = [o for o in held if (o["family"], o["seed"], o["learner"], o["bare"]) == job and o["method"] in methods]
         if {o["method"] for o in mine} != set(methods):
             mine = list(_compare_one(*job, methods))
             if kept: kept.open("a").writelines(json.dumps(o) + "\n" for o in mine)
