@@ -275,11 +275,11 @@ def speed_figures(reference:Path|None, batches:tuple, rounds:int=3, bars:bool=Tr
 
 def step_memory(who:str, batch:int, reference:Path|None)->float: # MB
     "Peak memory of a fresh process that takes two steps."
-    code = ("import resource, sys; from pathlib import Path; from subspace_circuits.bench import temporal as t; "
+    code = ("import sys; from pathlib import Path; from subspace_circuits.bench import temporal as t; "
             "x = t._pairs(int(sys.argv[2])); ref = Path(sys.argv[3]) if sys.argv[3] else None\n"
             "o = t.our_trainer(x) if sys.argv[1] == 'ours' else t.dense_trainer(x, ref)\n"
             "for i in range(2): o.advance() if sys.argv[1] == 'ours' else o.update(i, x)\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3)")
+            "print(int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])/1e3)")
     done = subprocess.run([sys.executable, "-c", code, who, str(batch), str(reference or "")], check=True,
                           capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     return float(done.stdout.split()[-1])
@@ -311,18 +311,22 @@ def smoothness_loop(f:torch.Tensor, x:torch.Tensor, groups:tuple[int, ...])->dic
 
 
 def planted_codes(contexts:int, length:int=128, latents:int=4096, seed:int=0):
-    "Sparse codes of random documents, and what they decode to."
+    """Sparse codes of random documents, about twenty of a row's latents active, and what they decode to. How often a
+    latent is active falls as one over its rank, as word frequencies do."""
     from scipy import sparse
-    g = np.random.default_rng(seed)
-    f = sparse.random(contexts*length, latents, 20/latents, "csr", np.float32, g)
+    g, n = np.random.default_rng(seed), contexts*length*25
+    share = 1/(1 + np.arange(latents))
+    col = g.permutation(latents)[g.choice(latents, n, p=share/share.sum())]
+    f = sparse.csr_matrix((g.random(n, np.float32) + .1, (np.arange(n)//25, col)), (contexts*length, latents))
+    f.data = np.minimum(f.data, 1.1) # a latent that was drawn twice
     W = torch.from_numpy(g.standard_normal((latents, 64)).astype(np.float32))
     return f, torch.from_numpy(f@W.numpy()), torch.arange(contexts).repeat_interleave(length)
 
 
 def smoothness_figures(reference:Path|None, contexts:int=20)->Iterator[dict]:
     "All measures at once against loops over time, by value and by time."
-    groups, length = (819, 3277), 128
-    f, x, document = planted_codes(contexts, length)
+    groups, length = (3276, 13108), 128 # as the published dictionary is cut
+    f, x, document = planted_codes(contexts, length, sum(groups))
     dense = torch.from_numpy(f.toarray())
     at = contexts_of(document, length)
     def loops(): return [smoothness_loop(dense[a:b], x[a:b], groups) for a, b in at]
