@@ -368,13 +368,16 @@ def benchmark_temporal_saes(*, reference: Annotated[Optional[Path],
                                                                       "temporal-saes, whose trainer and loops are "
                                                                       "timed beside ours; imported, never written "
                                                                       "to.")] = None,
+                            log: Annotated[Optional[Path],
+                                           typer.Option(help="Kept comparisons on language models, as "
+                                                             "benchmarks/log/temporal-saes.json.")] = None,
                             quick: Annotated[bool,
                                              typer.Option("--quick", help="One seed, few steps, small batches: a check "
                                                                           "that it runs, held to no bar.")] = False,
                             as_json: AsJson = None):
     "Planted slow latents, speed and memory of training, smoothness; each figure beside its bar."
     from subspace_circuits.bench.temporal import benchmark_temporal
-    _print_figures(benchmark_temporal(reference, quick), as_json)
+    _print_figures(benchmark_temporal(reference, log, quick), as_json)
 
 
 @benchmark.command("multidimensional", cls=Checked)

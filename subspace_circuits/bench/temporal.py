@@ -25,11 +25,13 @@ PLANTED = "temporal-sae-planted" # The settings that planted figures are taken w
 
 def benchmark_temporal(
     reference:Path|None=None, # A checkout of the public repository
+    log:Path|None=None, # Comparisons on language models, kept as JSON
     quick:bool=False, # One seed, small shapes
 )->Iterator[dict]: # What was measured, with its bar
     "Measure what the pages on temporal sparse autoencoders promise."
     yield from planted_figures(1 if quick else 5, 300 if quick else None)
-    yield from smoothness_figures(reference, 4 if quick else 20)
+    if log: yield from language_figures(log)
+    yield from smoothness_figures(reference, 4 if quick else 20, bars=not quick)
     yield from speed_figures(reference, (256,) if quick else (2048, 8192), 1 if quick else 3, bars=not quick)
 
 
@@ -141,7 +143,8 @@ def documented_rows(model, tokenizer, site:str, each:int=16, length:int=96):
     return torch.as_tensor(h).as_subclass(torch.Tensor).flatten(0, 1), docs, topics
 
 
-def compare_methods(h, document, test:torch.Tensor, settings:dict, seeds:int, site:str, done=lambda o: None)->list[dict]:
+def compare_saes(h, document, test:torch.Tensor, settings:dict, seeds:int, site:str,
+                 done=lambda o: None)->list[dict]:
     "The three methods on rows of a model at equal k, and an untrained dictionary; rows of `test` are held out."
     train, rows = (token_sequences(h[o], document[o], site) for o in (~test, test))
     own = dict(batchtopk=dict(temporal="none", groups=[1.], group_weights=None), matryoshka=dict(temporal="none"),
@@ -154,7 +157,8 @@ def compare_methods(h, document, test:torch.Tensor, settings:dict, seeds:int, si
         found["untrained"] = with_threshold(nothing._replace(b_dec=h[~test].mean(0)), h[~test])
         for k, sae in found.items():
             o = evaluate_sae(sae, rows)
-            out.append(dict(seed=seed, method=k, fve=round(o["fve"], 4), l0=round(o["l0"], 2), alive=round(o["alive"], 3),
+            out.append(dict(seed=seed, method=k, fve=round(o["fve"], 4), l0=round(o["l0"], 2),
+                            alive=round(o["alive"], 3),
                             **{m: round(o["smoothness"]["group 0"][m], 4) for m in
                                ("tv_share", "lipschitz", "lipschitz_free", "spectral")},
                             shuffled=round(o["shuffled"]["group 0"]["tv_share"], 4)))
@@ -165,7 +169,10 @@ def compare_methods(h, document, test:torch.Tensor, settings:dict, seeds:int, si
 def language_figures(file:Path)->Iterator[dict]:
     "What was measured on language models, from the lines kept in a file."
     import json
-    for name, o in json.loads(Path(file).read_text()).items():
+    try: kept = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{file} is no JSON of comparisons ({e}): name another") from None
+    for name, o in kept.items():
         by = {k: [x for x in o["runs"] if x["method"] == k] for k in (*METHODS, "untrained")}
         n = len(by["temporal"])
         better = sum(t["tv_share"] < min(m["tv_share"], b["tv_share"])
@@ -174,8 +181,9 @@ def language_figures(file:Path)->Iterator[dict]:
                     for t, m, b in zip(by["temporal"], by["matryoshka"], by["batchtopk"]))
         for k, v in by.items():
             mean = {m: sum(x[m] for x in v)/n for m in ("fve", "alive", "l0", "tv_share", "shuffled")}
-            yield figure(f"{name}, {k}: explains {mean['fve']:.3f}, {mean['l0']:.1f} active, alive {mean['alive']:.2f}, "
-                         f"shuffled {mean['shuffled']:.3f}; variation of the high split", mean["tv_share"], "of activity")
+            said = (f"explains {mean['fve']:.3f}, {mean['l0']:.1f} active, alive {mean['alive']:.2f}, shuffled "
+                    f"{mean['shuffled']:.3f}")
+            yield figure(f"{name}, {k}: {said}; variation of the high split", mean["tv_share"], "of activity")
         yield figure(f"{name}: seeds of {n} on which T-SAE is smoother than both", better, "", str(n), better == n)
         yield figure(f"{name}: variance explained less the better of both, worst seed", close, "", "-.02 or more",
                      close >= -.02)
@@ -275,11 +283,11 @@ def speed_figures(reference:Path|None, batches:tuple, rounds:int=3, bars:bool=Tr
 
 def step_memory(who:str, batch:int, reference:Path|None)->float: # MB
     "Peak memory of a fresh process that takes two steps."
-    code = ("import resource, sys; from pathlib import Path; from subspace_circuits.bench import temporal as t; "
+    code = ("import sys; from pathlib import Path; from subspace_circuits.bench import temporal as t; "
             "x = t._pairs(int(sys.argv[2])); ref = Path(sys.argv[3]) if sys.argv[3] else None\n"
             "o = t.our_trainer(x) if sys.argv[1] == 'ours' else t.dense_trainer(x, ref)\n"
             "for i in range(2): o.advance() if sys.argv[1] == 'ours' else o.update(i, x)\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e3)")
+            "print(int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])/1e3)")
     done = subprocess.run([sys.executable, "-c", code, who, str(batch), str(reference or "")], check=True,
                           capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     return float(done.stdout.split()[-1])
@@ -311,18 +319,22 @@ def smoothness_loop(f:torch.Tensor, x:torch.Tensor, groups:tuple[int, ...])->dic
 
 
 def planted_codes(contexts:int, length:int=128, latents:int=4096, seed:int=0):
-    "Sparse codes of random documents, and what they decode to."
+    """Sparse codes of random documents, about twenty of a row's latents active, and what they decode to. How often a
+    latent is active falls as one over its rank, as word frequencies do."""
     from scipy import sparse
-    g = np.random.default_rng(seed)
-    f = sparse.random(contexts*length, latents, 20/latents, "csr", np.float32, g)
+    g, n = np.random.default_rng(seed), contexts*length*25
+    share = 1/(1 + np.arange(latents))
+    col = g.permutation(latents)[g.choice(latents, n, p=share/share.sum())]
+    f = sparse.csr_matrix((g.random(n, np.float32) + .1, (np.arange(n)//25, col)), (contexts*length, latents))
+    f.data = np.minimum(f.data, 1.1) # a latent that was drawn twice
     W = torch.from_numpy(g.standard_normal((latents, 64)).astype(np.float32))
     return f, torch.from_numpy(f@W.numpy()), torch.arange(contexts).repeat_interleave(length)
 
 
-def smoothness_figures(reference:Path|None, contexts:int=20)->Iterator[dict]:
+def smoothness_figures(reference:Path|None, contexts:int=20, bars:bool=True)->Iterator[dict]:
     "All measures at once against loops over time, by value and by time."
-    groups, length = (819, 3277), 128
-    f, x, document = planted_codes(contexts, length)
+    groups, length = (3276, 13108), 128 # as the published dictionary is cut
+    f, x, document = planted_codes(contexts, length, sum(groups))
     dense = torch.from_numpy(f.toarray())
     at = contexts_of(document, length)
     def loops(): return [smoothness_loop(dense[a:b], x[a:b], groups) for a, b in at]
@@ -335,7 +347,7 @@ def smoothness_figures(reference:Path|None, contexts:int=20)->Iterator[dict]:
     else: runs["theirs"] = loops
     seconds = side_by_side(runs, 3)
     ratio = seconds["theirs"]/seconds["ours"]
-    yield figure(f"smoothness: {name} take as long as ours", ratio, "times", "20", ratio >= 20)
+    yield figure(f"smoothness: {name} take as long as ours", ratio, "times", "20"*bars, ratio >= 20 if bars else None)
 
 
 def _public_loops(reference, dense, x, at, groups):
