@@ -98,8 +98,8 @@ def run_language(name: str, out: Path, data: str | None = None, layers: str | No
 
 
 class AskedRows:
-    """A task whose rows are those that are asked, for moments: a sink at the first position is hundreds of times as long
-    as others, and a mean with it is the sink's."""
+    """A task whose rows are those that are asked, for moments: a sink at the first position is hundreds of times as
+    long as others, and a mean with it is the sink's."""
     def __init__(self, task: NextTokens): self.task, self.name, self.lengths = task, task.name, task.lengths
 
     def sample(self, *args, **more):
