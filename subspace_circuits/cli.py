@@ -570,8 +570,8 @@ def locate(model: Annotated[str, typer.Argument(help="A bundled model, a folder,
     found = locate_behaviour(*open_model(model), model, task, prompts, seed)
     for k, o in found.items():
         able, best, one = o["ability"], o["best"], o["direction"]
-        print(f"{k}: {able['right']:.1%} ± {able['error']:.1%} right (chance {able['chance']:.0%}); the most behind layer "
-              f"{best['layer']}, place {best['place']}: {best['drop']:.3g} ± {best['error']:.2g}"
+        print(f"{k}: {able['right']:.1%} ± {able['error']:.1%} right (chance {able['chance']:.0%}); the most behind "
+              f"layer {best['layer']}, place {best['place']}: {best['drop']:.3g} ± {best['error']:.2g}"
               + ("" if o["clear"] else ", which is not clear of nothing")
               + f"; one direction {one['drop']:.3g} ± {one['error']:.2g} on held-out prompts")
     if as_json: write_json(as_json, dict(model=model, task=task, prompts=prompts, seed=seed, tests=found), "located")

@@ -84,7 +84,7 @@ def look_at_window(out: Path, job: dict, model, tokenizer, task: NextTokens, hel
     with clock("capture"):
         store = capture(model, task, sites, out/"store", shards=SHARDS, sequences=SEQUENCES, lengths=(length, length),
                         seed=seed)
-    with clock("moments"): moments = Moments(model, task, MOMENTS, seed + 1, layers=some)
+    with clock("moments"): moments = Moments(model, AskedRows(task), MOMENTS, seed + 1, layers=some)
     with clock("windows"):
         g = torch.Generator().manual_seed(seed)
         learn, judge = (Window(moments.weights, some, o.sample(n, None, g)) for o, n in ((task, LEARN), (held, JUDGE)))
@@ -105,6 +105,17 @@ def look_at_window(out: Path, job: dict, model, tokenizer, task: NextTokens, hel
     listed = [o for o, ours in walk(out, RUN) if ours]
     write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
     return read_json(out/"metrics.json", "metrics")
+
+
+class AskedRows:
+    """A task whose rows are those that are asked, for moments: a sink at the first position is hundreds of times as
+    long as others, and a mean with it is the sink's."""
+    def __init__(self, task: NextTokens): self.task, self.name, self.lengths = task, task.name, task.lengths
+
+    def sample(self, *args, **more):
+        "Draw windows of which only the asked positions count."
+        batch = self.task.sample(*args, **more)
+        return batch._replace(real=batch.scored)
 
 
 def window_layers(model, layers: str | None) -> range:
