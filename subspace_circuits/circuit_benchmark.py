@@ -498,7 +498,8 @@ def _compare_one(family, seed, learner, bare, methods):
     partitions = LEARNERS[learner](known, seed=seed) if learner else planted_partitions(known)
     learning, measured = round(time.perf_counter() - start, 2), key_shares(known, partitions)
     homes = judge_shares(known, measured)
-    about = dict(family=family, seed=seed, learner=learner, bare=bare, **_isolation_counts(known, partitions, measured, homes))
+    counts = _isolation_counts(known, partitions, measured, homes)
+    about = dict(family=family, seed=seed, learner=learner, bare=bare, **counts)
     key = found_key(known, partitions, homes)
     if not key.edges:
         none = dict(precision=dict.fromkeys(key.count, 0.), exact=False)
