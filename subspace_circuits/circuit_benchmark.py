@@ -475,13 +475,14 @@ LEARNERS = {
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #compare
 _halved_and_doubled = dict(held=(.9, .975), foreign=(.1, .025), determined=(.1, .025), together=(.02, .005))
+_JOB = "family", "seed", "learner", "bare" # What a model was graded for
 OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in _halved_and_doubled.items() for x in two}
 
 def read_grades(file:Path)->list[dict]: # As `compare_methods` gives them
     "Read the grades that `compare_methods` kept, one in a line."
     try: rows = [json.loads(o) for o in file.read_text(encoding="utf-8").splitlines()]
     except (ValueError, OSError): rows = [None]
-    if not all(isinstance(o, dict) and {"family", "seed", "learner", "bare", "method", "strict"} <= o.keys() for o in rows):
+    if not all(isinstance(o, dict) and {*_JOB, "method", "strict"} <= o.keys() for o in rows):
         raise ValueError(f"{file} holds something else than grades, one in a line: name another file")
     return rows
 
@@ -501,7 +502,8 @@ def _compare_one(family, seed, learner, bare, methods):
     partitions = LEARNERS[learner](known, seed=seed) if learner else planted_partitions(known)
     learning, measured = round(time.perf_counter() - start, 2), key_shares(known, partitions)
     homes = judge_shares(known, measured)
-    about = dict(family=family, seed=seed, learner=learner, bare=bare, **_isolation_counts(known, partitions, measured, homes))
+    about = dict(family=family, seed=seed, learner=learner, bare=bare)
+    about |= _isolation_counts(known, partitions, measured, homes)
     key = found_key(known, partitions, homes)
     if not key.edges:
         none = dict(precision=dict.fromkeys(key.count, 0.), exact=False)
@@ -528,7 +530,7 @@ def compare_methods(
     held, rows = read_grades(kept) if kept and kept.exists() else [], []
     jobs = [(f, s, learner, bare) for f in families for s in (range(seeds) if isinstance(seeds, int) else seeds)]
     for job in tqdm(jobs, desc=learner or "planted"):
-        mine = [o for o in held if (o["family"], o["seed"], o["learner"], o["bare"]) == job and o["method"] in methods]
+        mine = [o for o in held if o["method"] in methods and tuple(o[k] for k in _JOB) == job]
         if {o["method"] for o in mine} != set(methods):
             mine = list(_compare_one(*job, methods))
             if kept: kept.open("a").writelines(json.dumps(o) + "\n" for o in mine)
