@@ -475,6 +475,7 @@ LEARNERS = {
 
 # %% ../nbs/03d_circuit_benchmark.ipynb #compare
 _halved_and_doubled = dict(held=(.9, .975), foreign=(.1, .025), determined=(.1, .025), together=(.02, .005))
+_JOB = "family", "seed", "learner", "bare" # What a model was graded for
 OTHER_LIMITS = {f"{k} {x:g}": {k: x} for k, two in _halved_and_doubled.items() for x in two}
 
 def read_grades(file:Path)->list[dict]: # As `compare_methods` gives them
@@ -526,7 +527,7 @@ def compare_methods(
     held, rows = read_grades(kept) if kept and kept.exists() else [], []
     jobs = [(f, s, learner, bare) for f in families for s in (range(seeds) if isinstance(seeds, int) else seeds)]
     for job in tqdm(jobs, desc=learner or "planted"):
-        mine = [o for o in held if (o["family"], o["seed"], o["learner"], o["bare"]) == job and o["method"] in methods]
+        mine = [o for o in held if o["method"] in methods and tuple(o[k] for k in _JOB) == job]
         if {o["method"] for o in mine} != set(methods):
             mine = list(_compare_one(*job, methods))
             if kept:
