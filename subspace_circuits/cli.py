@@ -97,8 +97,8 @@ def run(model: Annotated[str,
             help="Of a language model: the window of layers that is looked at, as 10-12; the middle three if only "
                  "--data is given.")] = None,
         method: Annotated[str, typer.Option(
-            help="Of a language model: how its sites are cut; readers: by what moves and is read; ndm: by distances "
-                 "to nearest neighbours, some minutes a site.")] = "readers",
+            help="Of a language model: how its sites are cut; ndm: by distances to nearest neighbours, some minutes "
+                 "a site; readers: by what moves and is read, seconds.")] = "ndm",
         seed: Seed = 0, resume: Resume = False, overwrite: Overwrite = False):
     "The main job: capture, partition, circuit, report."
     from subspace_circuits.language_run import is_language_model, run_language

@@ -36,7 +36,7 @@ LEARN, JUDGE, MOMENTS = 3, 4, 24       # Windows that edges are ranked on, that 
 WORDS = 1000                           # Tokens from which a vocabulary is one of words
 KEPT = .9                              # Share of what a window does that its circuit must bring back
 RANKED_AT = (.35, .75)                 # Shares of what the window does at which slopes of edges are taken
-METHODS = ("readers", "ndm")           # By what moves and is read; by distances to nearest neighbours
+METHODS = ("ndm", "readers")           # By distances to nearest neighbours; by what moves and is read
 BASES = ("pca", "random")              # What the found blocks are compared with
 
 

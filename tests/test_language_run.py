@@ -38,7 +38,7 @@ def test_run_and_reuse(tmp_path, model):
 @pytest.mark.parametrize("options, why", [
     (("--layers", "1-3"), "this model has layers 0 to 2"), (("--layers", "2-1"), "the first one first"),
     (("--layers", "middle"), "write the first and the last, as 10-12"),
-    (("--layers", "1", "--method", "ica"), "unknown method 'ica': use one of readers, ndm"),
+    (("--layers", "1", "--method", "ica"), "unknown method 'ica': use one of ndm, readers"),
     (("--layers", "1", "--task", "ioi"), "leave --task out"), (("--data", "none.txt"), "no text in none.txt")])
 def test_bad_input_is_one_line(tmp_path, model, options, why):
     assert why in refused("run", model, *options, "--out", tmp_path/"run")
