@@ -214,7 +214,7 @@ def prompts(folder: Path):
 
 
 def grades(folder: Path):
-    row = dict(family="induction", seed=0, learner="", method="ours", strict=dict(exact=True))
+    row = dict(family="induction", seed=0, learner="", bare=False, method="ours", strict=dict(exact=True))
     (folder/"grades.jsonl").write_text("".join(json.dumps(row | dict(seed=i)) + "\n" for i in range(3)))
 
 

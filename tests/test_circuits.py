@@ -266,7 +266,7 @@ def test_written_once(tmp_path):
     write_circuit(*job, answers=50, static=True)
     assert out.read_bytes() == before and out.with_suffix(".html").read_text() != page
     with pytest.raises(ValueError, match="holds a circuit with seed 0, not 1"): write_circuit(*job, answers=50, seed=1)
-    with pytest.raises(ValueError, match="name a .json file"): write_circuit(*job[:2], tmp_path/"other.txt")
+    with pytest.raises(ValueError, match="name one that ends in .json"): write_circuit(*job[:2], tmp_path/"other.txt")
     with pytest.raises(ValueError, match="pass the address"):
         write_circuit(*job[:2], tmp_path/"other.json", explorer="here")
     p = Partition.from_pretrained(cut/"0")

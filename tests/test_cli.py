@@ -93,7 +93,7 @@ def test_the_door(tmp_path, monkeypatch, capsys):
     for error, code, said in ((RuntimeError("DefaultCPUAllocator: can't allocate memory: 16 GB"), 2, "--lengths"),
                               (OSError("No space left on device"), 2, "No space left on device: make room"),
                               (KeyError("x"), 1, "this is a bug of ours: please report")):
-        def fails(): raise error
+        def fails(**_): raise error
         monkeypatch.setattr(cli, "app", fails)
         with pytest.raises(SystemExit) as e: cli.main()
         printed = capsys.readouterr().err

@@ -200,7 +200,7 @@ def test_made_up_names_have_as_many_tokens(tmp_path):
     for wrong, message in ((ask | dict(facts={"Ada": "blue book", "Ben": "ring"}),
                             "attribute 'blue book' is several tokens"),
                             (ask | dict(context="{entity} went"), "must hold"),
-                           ({"question": "{entity}"}, "lacks context, facts"),
+                           ({"question": "{entity}"}, "has no context: write question, context and facts"),
                            (ask | dict(facts={"Ada": "book"}), "a conflict needs two")):
         file.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=message): read_facts(file, task.tokenizer)

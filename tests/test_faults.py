@@ -41,9 +41,10 @@ def test_damaged_files(tmp_path):
 # processes
 
 sleepers = """
-import time
+import signal, time
 from subspace_circuits.workers import in_workers
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler) # what starts tests may ignore it, and pass that on
     print("started", flush=True)
     list(in_workers([(time.sleep, (600,))]*3))
 """

@@ -129,7 +129,7 @@ explore @store --text hello | --text is for the offline page: pass --static FILE
 explore @store --text '' | --text is empty
 explore @store --port 99999 | --port 99999: use a number of 0 to 65535
 explore @store --static @new.html --shading loud | unknown shading 'loud': use frozen, free
-decompose adp apd-tms-5-2 --out @new | unknown method 'adp': use one of apd, spd, vpd, multidim
+decompose adp apd-tms-5-2 --out @new | unknown method 'adp': use one of apd, spd, vpd, temporal-sae, multidim
 decompose apd apd-tms-5 --out @new | no settings 'apd-tms-5': use a YAML file, or one of apd-gated
 decompose spd apd-tms-5-2 --out @new | these settings are of apd, not of spd
 decompose apd @apd.yaml --out @new | apd.yaml: apd
