@@ -7,7 +7,7 @@ from commands import refused
 
 from subspace_circuits.activations import capture
 from subspace_circuits.bench.temporal import planted_codes, smoothness_loop
-from subspace_circuits.decompositions.sparse_autoencoders import planted_sequences, start_sae, with_threshold
+from subspace_circuits.decompositions.saes import planted_sequences, start_sae, with_threshold
 from subspace_circuits.decompositions.temporal_evaluation import contexts_of, smoothness
 from subspace_circuits.decompositions.temporal_files import export_saelens, load_sae
 from subspace_circuits.decompositions.temporal_losses import TokenPairs, token_sequences, stored_rows

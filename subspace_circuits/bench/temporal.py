@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from subspace_circuits.bench import figure, side_by_side
-from subspace_circuits.decompositions.sparse_autoencoders import (
+from subspace_circuits.decompositions.saes import (
     SAE, PlantedSequences, planted_sequences, start_sae, with_threshold)
 from subspace_circuits.decompositions.temporal_evaluation import contexts_of, evaluate_sae, smoothness
 from subspace_circuits.decompositions.temporal_losses import token_sequences

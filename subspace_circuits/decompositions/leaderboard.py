@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .feature_clusters import graph_clusters, unit_rows
-from .sparse_autoencoders import SAE
+from .saes import SAE
 from ..known_circuits import KnownCircuit
 from ..partition import STRICT, Partition, Strict, complement, judge_shares, key_shares
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..activations import ActivationStore
 from .temporal_files import check_fits
 from .temporal_losses import TokenSequences
-from .sparse_autoencoders import SAE
+from .saes import SAE
 from ..files import read_json, write_json
 
 # %% ../../nbs/decompositions/temporal_evaluation.ipynb #contexts-code

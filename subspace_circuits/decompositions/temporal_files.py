@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..activations import check_fingerprint
 from .feature_clusters import Dictionary, read_dictionary
-from .sparse_autoencoders import SAE, check_sae, check_sizes
+from .saes import SAE, check_sae, check_sizes
 from ..files import check_free, read_json, read_tensors, reason, write_json, write_tensors
 
 # %% ../../nbs/decompositions/temporal_files.ipynb #save-code

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..activations import ActivationStore
-from .sparse_autoencoders import Active, select, weighted_sums
+from .saes import Active, select, weighted_sums
 
 # %% ../../nbs/decompositions/temporal_losses.ipynb #sequences-code
 IN_MEMORY = 2**31 # Bytes of a site that are held; of a larger one rows are read as they are drawn

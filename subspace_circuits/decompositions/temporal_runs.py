@@ -10,7 +10,7 @@ from subspace_circuits.activations import ActivationStore, check_model
 from subspace_circuits.decompositions.temporal_evaluation import evaluate_sae, loss_recovered
 from subspace_circuits.decompositions.temporal_files import save_sae
 from subspace_circuits.decompositions.temporal_losses import TokenSequences, token_sequences, stored_rows
-from subspace_circuits.decompositions.sparse_autoencoders import SAE, planted_sequences, start_sae, with_threshold
+from subspace_circuits.decompositions.saes import SAE, planted_sequences, start_sae, with_threshold
 from subspace_circuits.decompositions.temporal_training import (
     OPTIONS, SAETrainer, check_options, finish_sae, preset_settings)
 from subspace_circuits.files import (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .temporal_files import check_fits
-from .sparse_autoencoders import SAE
+from .saes import SAE
 
 # %% ../../nbs/decompositions/temporal_saes.ipynb #passage-code
 def passage_latents(

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .temporal_losses import PAIRS, TokenPairs, TokenSequences, step_gradients
-from .sparse_autoencoders import RULES, SAE, check_sae, check_sizes, start_sae
+from .saes import RULES, SAE, check_sae, check_sizes, start_sae
 from ..files import read_yaml
 
 # %% ../../nbs/decompositions/temporal_training.ipynb #settings-code
