@@ -10,14 +10,14 @@ from subspace_circuits import __version__
 from subspace_circuits.activations import STORE, capture, fingerprint
 from subspace_circuits.cards import make_cards
 from subspace_circuits.edges import Moments, PartitionedModel
-from subspace_circuits.files import one_writer, read_json, remove, sha256, walk, write_json
+from subspace_circuits.files import one_writer, read_json, write_json
 from subspace_circuits.forward import circuit_sites, parallel, read_site, write_site
 from subspace_circuits.language_report import write_language_report
 from subspace_circuits.language_sites import WIDE, grade_site, halves, learn_site
 from subspace_circuits.models import folder_config, model_path, open_model
 from subspace_circuits.partition import PARTITION, Partition, massive_rows
 from subspace_circuits.pipeline import (
-    Clock, check_resumable, claim, folder_of, own_partition, peak_rss_mb, rounded)
+    Clock, check_resumable, claim, folder_of, list_files, own_partition, peak_rss_mb, rounded)
 from subspace_circuits.search import units
 from subspace_circuits.stability import baseline_partition
 from subspace_circuits.text import TextTask
@@ -71,7 +71,7 @@ def run_language(name: str, out: Path, data: str | None = None, layers: str | No
                layers=[some[0], some[-1]], sites=sites, method=method, language=True)
     if resume: check_resumable(out)
     with one_writer(out):
-        if claim_language(out, job, overwrite, resume): return read_json(out/"metrics.json", "metrics")
+        if claim(out, job, overwrite, resume, RUN): return read_json(out/"metrics.json", "metrics")
         print(estimate(model, some, sites), flush=True)
         return look_at_window(out, job, model, tokenizer, task, held)
 
@@ -102,8 +102,7 @@ def look_at_window(out: Path, job: dict, model, tokenizer, task: NextTokens, hel
     write_json(out/"metrics.json", rounded(metrics), "metrics")
     write_json(out/"config.json", job | dict(rows=len(store)), "run")
     write_language_report(out)
-    listed = [o for o, ours in walk(out, RUN) if ours]
-    write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
+    list_files(out, RUN)
     return read_json(out/"metrics.json", "metrics")
 
 
@@ -183,12 +182,6 @@ def estimate(model, layers: range, sites: list) -> str:
     work = 2*n*tokens*layers[-1]/c.n_layers + steps + kept + 2*n*LENGTH*(LEARN*80 + JUDGE*12)
     return (f"layers {layers[0]}-{layers[-1]}, {len(sites)} sites: about {needed_gb(model, len(sites)):.0f} GB and "
             f"{max(1, work/speed/.4/60):.0f} minutes at {speed/1e9:.0f} GFLOP/s")
-
-
-def claim_language(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
-    "As `claim`, for the files of such a run."
-    if overwrite: remove(out, RUN)
-    return claim(out, job, False, resume)
 
 
 def partition_window(out: Path, store, sites: list, seed: int, weights: str, method: str,

@@ -151,10 +151,10 @@ def check_resumable(out: Path):
         raise ValueError(f"nothing to resume in {out}: it holds no run; leave out --resume to start one")
 
 
-def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
+def claim(out: Path, job: dict, overwrite: bool, resume: bool, layout: dict = RUN) -> bool:
     "Make or check the run folder, which this process has locked; True if it already holds this run, finished."
     file = out/"config.json"
-    if overwrite: remove(out, RUN)
+    if overwrite: remove(out, layout)
     if resume: check_resumable(out)
     if not file.exists():
         held = [o for o in out.iterdir() if o.name != "writer.pid" and not left_over(o)] if out.is_dir() else [out]
@@ -172,7 +172,7 @@ def claim(out: Path, job: dict, overwrite: bool, resume: bool) -> bool:
             raise ValueError(f"{out} holds a run with {k} {theirs.get(k)!r}, not {v!r}: name another folder, or pass "
                              f"--overwrite")
     whole = finished(out)
-    for o in [] if whole else [o for o, _ in walk(out, RUN) if left_over(o)]: o.unlink()
+    for o in [] if whole else [o for o, _ in walk(out, layout) if left_over(o)]: o.unlink()
     return whole
 
 
@@ -377,9 +377,9 @@ def write_metrics(out: Path, model, task, evidence: dict, scores: dict, counts: 
     write_json(out/"metrics.json", rounded(metrics), "metrics")
 
 
-def list_files(out: Path):
+def list_files(out: Path, layout: dict = RUN):
     "List every file of a finished run by its hash."
-    listed = [o for o, ours in walk(out, RUN)
+    listed = [o for o, ours in walk(out, layout)
               if ours and out/"index" not in o.parents and o != out/"files.json" and kind_of(o) != "lock"]
     write_json(out/"files.json", {o.relative_to(out).as_posix(): sha256(o) for o in listed}, "files")
 
