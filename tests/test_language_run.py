@@ -29,7 +29,7 @@ def test_run_and_reuse(tmp_path, model):
         "0.hook_resid_post", "1.hook_resid_mid", "1.hook_resid_post", "2.hook_resid_mid", "2.hook_resid_post")]
     report = (run/"report.html").read_text()
     assert "would have refuted" in report and "random rotation" in report and "NaN" not in report.split("<script>")[0]
-    assert not {"writer.pid", "files.json"} & json.loads((run/"files.json").read_text()).keys() # another process resumes
+    assert not {"writer.pid", "files.json"} & json.loads((run/"files.json").read_text()).keys() # of this process alone
     written = {o: o.stat().st_mtime_ns for o in run.rglob("*") if o.is_file()}
     assert call("run", model, "--layers", "1-2", "--out", run)[0] == 0
     assert {o: o.stat().st_mtime_ns for o in run.rglob("*") if o.is_file()} == written
