@@ -27,27 +27,35 @@ class Wide(NamedTuple):
     queries:int=512    # Of a step: fewer give a gradient that is mostly noise at 576 dimensions
     keys:int=4096      # Searched; the same for `reuse` steps, since turning them costs more than searching them
     reuse:int=4
-    steps:int=16
-    rate:float=.05     # Of a step of Newton's method pair by pair; 1 runs away, see the page
+    steps:int=400      # The objective still falls behind them, ever more slowly
+    rate:float=.1      # Of a step of Newton's method pair by pair; 1 runs away, twice this starts by rising
     momentum:float=.9
     curvature:int=20   # Steps after which curvatures are measured again
     held:float=.2      # Share of the rows that only choose between starts and steps: the last ones
-    look:int=4        # Steps between two looks at those
+    look:int=40        # Steps between two looks at those
 
 WIDE = Wide()
 
 # %% ../nbs/02k_language_sites.ipynb #gradient
 def _slopes(q, k, basis, sizes, near):
-    "Derivative of the objective by every turn of two directions into each other, and its curvature."
-    d, curved, slope = len(basis), [], []
+    "Derivative of the objective by every turn of two directions into each other."
+    slope = []
     for i, b in zip(near, basis.split(sizes, 1)):
         gap = q - k[i]
-        far = (gap@b).norm(dim=1, keepdim=True).clamp(min=1e-6)
-        slope.append(basis.T@(gap.T@(gap@b/far))/len(q))
-        curved.append(((gap@basis).square()/far).mean(0))
-    slope, curved = torch.cat(slope, 1), torch.stack(curved).repeat_interleave(torch.tensor(sizes), 0)
+        mine = gap@b
+        slope.append(basis.T@(gap.T@(mine/mine.norm(dim=1, keepdim=True).clamp(min=1e-6)))/len(q))
+    slope = torch.cat(slope, 1)
+    return slope - slope.T
+
+def _curvatures(q, k, basis, sizes, near):
+    "How fast each slope changes with its turn, if neighbours stay the same."
+    curved = []
+    for i, b in zip(near, basis.split(sizes, 1)):
+        gap = q - k[i]
+        curved.append(((gap@basis).square()/(gap@b).norm(dim=1, keepdim=True).clamp(min=1e-6)).mean(0))
+    curved = torch.stack(curved).repeat_interleave(torch.tensor(sizes), 0)
     own = curved.diagonal()
-    return slope - slope.T, curved - own[:, None] + curved.T - own
+    return curved - own[:, None] + curved.T - own
 
 # %% ../nbs/02k_language_sites.ipynb #judge
 def held_objective(
@@ -75,11 +83,12 @@ def descend(
             k, spare = (h[o] for o in torch.randperm(n, generator=generator).tensor_split([keys]))
             turned = k@basis
         q = spare[step % at.reuse*queries:][:queries]
-        slope, curved = _slopes(q, k, basis, sizes, nearest(q@basis, turned, sizes))
+        near = nearest(q@basis, turned, sizes)
         if step % at.curvature == 0:
+            curved = _curvatures(q, k, basis, sizes, near)
             least = .1*curved[cross].clamp(min=0).mean()
             curve = curved.clamp(min=least) if curve is None else (curve + curved.clamp(min=least))/2
-        mean = at.momentum*mean + (1 - at.momentum)*slope
+        mean = at.momentum*mean + (1 - at.momentum)*_slopes(q, k, basis, sizes, near)
         turn = torch.where(cross, mean/curve, 0.)*at.rate*min(1, (step + 1)/10)/(1 - at.momentum**(step + 1))/2
         basis = basis@torch.linalg.solve(torch.eye(d) + turn, torch.eye(d) - turn)
         if (step + 1) % at.look == 0 or step + 1 == at.steps:
