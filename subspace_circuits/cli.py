@@ -95,7 +95,7 @@ def run(model: Annotated[str,
                  "that comes with the package if not given.")] = None,
         layers: Annotated[Optional[str], typer.Option(
             help="Of a language model: the window of layers that is looked at, as 10-12; the middle three if only "
-                 "--data is given.")] = None,
+                 "--data is given. With --task ioi, greater-than or a file of prompts: for that alone.")] = None,
         method: Annotated[str, typer.Option(
             help="Of a language model: how its sites are cut; ndm: by distances to nearest neighbours, some minutes "
                  "a site; readers: by what moves and is read, seconds.")] = "ndm",
@@ -104,9 +104,7 @@ def run(model: Annotated[str,
     from subspace_circuits.language_run import is_language_model, run_language
     from subspace_circuits.pipeline import run
     if data or layers:
-        if task: raise ValueError("--task with --layers or --data: circuits of prompts inside a window are not read, "
-                                  "leave --task out, or the other two")
-        print(window_lines(run_language(model, out, data, layers, seed, method, overwrite, resume)))
+        print(window_lines(run_language(model, out, data, layers, seed, method, overwrite, resume, task)))
         return print(f"report: {out/'report.html'}")
     if not task and is_language_model(model):
         raise ValueError(f"{model} is a language model, which has no task of its own: say which layers to look at, as "
@@ -124,13 +122,22 @@ def run(model: Annotated[str,
 def window_lines(metrics: dict) -> str:
     "What a run on a window found, in a few lines."
     circuit, graded = metrics["circuit"], metrics["grade"]["graded"]
-    lines = [f"{k}: {o['n']} of {circuit['candidates'][k]} edges bring back {o['recovered']:.1%} of the window"
+    lines = behaviour_lines(circuit["behaviour"]) if "behaviour" in circuit else []
+    lines += [f"{k}: {o['n']} of {circuit['candidates'][k]} edges bring back {o['recovered']:.1%} of the window"
              for k, o in circuit["needed"].items()]
     lines += [f"{k}: objective {o['objective']:.3f}, a block determines {o['determined']:.1%} of another"
               for k, o in graded.items()]
     named = sum(a for a, _ in metrics["named"].values()), sum(b for _, b in metrics["named"].values())
     return "\n".join([*lines, f"{named[0]} of {named[1]} subspaces have a name; "
                               f"{sum(metrics['seconds'].values()):.0f} s, {metrics['peak_rss_mb']} MB"])
+
+
+def behaviour_lines(found: dict) -> list[str]:
+    "What is left of a behaviour, in a line for the model and one for each thing that stands in place of edges."
+    def said(o): return f"{o['right']:.1%} right, margin {o['margin']:.2f}"
+    return [f"whole model: {said(found['whole'])}"] + [
+        f"{mode} elsewhere: " + "; ".join(f"{k} {said(o)}" for k, o in some.items())
+        for mode, some in found.items() if mode != "whole"]
 
 
 def key_line(circuit: dict, partition: dict) -> str:

@@ -12,27 +12,31 @@ from subspace_circuits.cards import make_cards
 from subspace_circuits.edges import Moments, PartitionedModel
 from subspace_circuits.files import one_writer, read_json, write_json
 from subspace_circuits.forward import circuit_sites, parallel, read_site, write_site
+from subspace_circuits.keep_only import MODES, KeepOnly
 from subspace_circuits.language_report import write_language_report
 from subspace_circuits.language_sites import WIDE, grade_site, halves, learn_site
+from subspace_circuits.locate import behaviour_pairs, check_behaviour
 from subspace_circuits.models import folder_config, model_path, open_model
 from subspace_circuits.partition import PARTITION, Partition, massive_rows
 from subspace_circuits.pipeline import (
     Clock, check_resumable, claim, folder_of, list_files, own_partition, peak_rss_mb, rounded)
 from subspace_circuits.search import units
+from subspace_circuits.sinks import find_sink, sink_table
 from subspace_circuits.stability import baseline_partition
 from subspace_circuits.text import TextTask
 from subspace_circuits.window_circuits import (
-    NextTokens, Window, edge_curve, edge_point, edges_needed, judge_window, lone_ablations, read_gradients,
-    reader_partition, survivors, whole_sites, whole_window, window_effects)
+    NextTokens, Window, asked_once, edge_curve, edge_point, edges_needed, judge_behaviour, judge_window, kept_window,
+    lone_ablations, read_gradients, reader_partition, survivors, whole_sites, whole_window, window_effects)
 
 __all__ = ["shipped_text", "run_language"]
 
-KINDS = dict(config="run", metrics="metrics", cards="cards", circuit="window circuit", grade="grade",
+KINDS = dict(config="run", metrics="metrics", cards="cards", circuit="window circuit", grade="grade", sink="sink",
              progress="progress", seconds="seconds", files="files")
 RUN = {f"{k}.json": v for k, v in KINDS.items()} | {
     "report.html": "report", "writer.pid": "lock", "store": STORE, "partitions": {"*": PARTITION}}
 LENGTH, SHARDS, SEQUENCES = 128, 6, 32 # Tokens of a window; shards of a capture, and windows in each
-LEARN, JUDGE, MOMENTS = 3, 4, 24       # Windows that edges are ranked on, that circuits are judged on, of moments
+LEARN, JUDGE, MOMENTS = 8, 8, 24       # Windows that edges are ranked on, that circuits are judged on, of moments
+PROMPTS = 48                           # Prompts of a behaviour: half rank edges, the others judge
 WORDS = 1000                           # Tokens from which a vocabulary is one of words
 KEPT = .9                              # Share of what a window does that its circuit must bring back
 RANKED_AT = (.35, .75)                 # Shares of what the window does at which slopes of edges are taken
@@ -55,28 +59,44 @@ def is_language_model(source: str) -> bool:
 
 
 def run_language(name: str, out: Path, data: str | None = None, layers: str | None = None, seed: int = 0,
-                 method: str = METHODS[0], overwrite: bool = False, resume: bool = False) -> dict:
-    "Run the main job on a window of layers of a language model, or continue it; the metrics."
+                 method: str = METHODS[0], overwrite: bool = False, resume: bool = False,
+                 task: str | None = None) -> dict:
+    """Run the main job on a window of layers of a language model, or continue it; the metrics. With a task, the edges
+    are those of a behaviour."""
     if method not in METHODS: raise ValueError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+    if task and layers is None:
+        raise ValueError(f"--task {task} needs the layers to look at, as --layers 16-18: `subspace-circuits locate "
+                         f"MODEL --task {task}` finds where its answer is carried")
     out, (model, tokenizer) = Path(out), open_model(name)
     some = window_layers(model, layers)
     source = data or str(shipped_text())
     text = TextTask(source, tokenizer, model.cfg.n_ctx)
     length = min(LENGTH, model.cfg.n_ctx)
-    task, held = NextTokens(text, length, seed=seed), NextTokens(text, length, held=True, seed=seed)
+    read, held = NextTokens(text, length, seed=seed), NextTokens(text, length, held=True, seed=seed)
     sites = window_sites(model, some)
-    check_rows(task, len(sites), model)
+    check_rows(read, len(sites), model)
+    asked = behaviour(model, tokenizer, name, task, seed) if task else {}
     job = dict(model=name, seed=seed, data=Path(source).name, version=__version__, model_sha256=fingerprint(model),
-               task=task.name, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads, d_model=model.cfg.d_model,
+               task=read.name, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads, d_model=model.cfg.d_model,
                layers=[some[0], some[-1]], sites=sites, method=method, language=True)
+    if task: job["behaviour"] = asked["said"]
     if resume: check_resumable(out)
     with one_writer(out):
         if claim(out, job, overwrite, resume, RUN): return read_json(out/"metrics.json", "metrics")
         print(estimate(model, some, sites), flush=True)
-        return look_at_window(out, job, model, tokenizer, task, held)
+        return look_at_window(out, job, model, tokenizer, read, held, asked)
 
 
-def look_at_window(out: Path, job: dict, model, tokenizer, task: NextTokens, held: NextTokens) -> dict:
+def behaviour(model, tokenizer, name: str, task: str, seed: int) -> dict:
+    "Prompts to rank edges on and to judge them on, and what is said of them; refused if the model does not do it."
+    test, pairs = next(iter(behaviour_pairs(tokenizer, task, 2*PROMPTS, seed).items()))
+    found, n = check_behaviour(model, pairs, name, test), len(pairs)//2
+    if n < 8: raise ValueError(f"{task} has {len(pairs)} prompts, 16 are needed: half rank edges, half judge them")
+    return dict(rank=pairs.take(slice(0, n)), judge=pairs.take(slice(n, len(pairs))),
+                said=dict(task=Path(task).name, test=test, prompts=len(pairs), **found._asdict()))
+
+
+def look_at_window(out: Path, job: dict, model, tokenizer, task: NextTokens, held: NextTokens, asked: dict) -> dict:
     "Every stage that a claimed folder lacks; the metrics."
     seed, sites, method = job["seed"], job["sites"], job["method"]
     some, length = range(job["layers"][0], job["layers"][1] + 1), task.lengths[1]
@@ -92,11 +112,13 @@ def look_at_window(out: Path, job: dict, model, tokenizer, task: NextTokens, hel
     splits = {"found": PartitionedModel(moments, found, some)}
     for k in BASES: splits[k] = PartitionedModel(moments, of_same_sizes(store, found, k, seed), some)
     splits["whole sites"] = whole_sites(splits["found"])
-    with clock("circuit"): circuit = window_circuit(splits, learn, judge, out/"circuit.json", seed)
+    with clock("circuit"): circuit = window_circuit(splits, learn, judge, out/"circuit.json", seed, asked)
+    with clock("sink"): sink = write_sink(out, judge, splits, seed)
     with clock("cards"): cards = write_cards(out, store, tokenizer, splits["found"], sites, learn, seed)
     middle = sites[len(sites)//2]
     with clock("grade"): grade = write_grade(out, store, found, middle, seed, fit_again(found[middle], learn, seed))
     metrics = dict(circuit={k: v for k, v in circuit.items() if k != "edges"}, grade=grade, named=named(cards),
+                   sink={k: sink[k] for k in ("maker", "needed", "enough") if k in sink},
                    sites={s: site_facts(p) for s, p in found.items()}, seconds=clock.seconds,
                    peak_rss_mb=peak_rss_mb())
     write_json(out/"metrics.json", rounded(metrics), "metrics")
@@ -177,7 +199,7 @@ def estimate(model, layers: range, sites: list) -> str:
     speed = 8*side**3/(time.perf_counter() - start)
     n = sum(o.numel() for o in model.parameters())
     blocks, d, tokens = c.d_model//WIDE.unit, c.d_model, LENGTH*SHARDS*SEQUENCES
-    steps = WIDE.steps*(WIDE.keys*d*(WIDE.queries*2 + d/2) + 14*WIDE.queries*d*d)*len(sites)
+    steps = WIDE.steps*(WIDE.keys*d*(WIDE.queries*2 + d/2) + 8*WIDE.queries*d*d + 7*d**3)*(len(sites) + 2)
     kept = 2*LENGTH*JUDGE*12*len(BASES)*(n + len(layers)*blocks*3*d*(c.d_mlp or 4*d))
     work = 2*n*tokens*layers[-1]/c.n_layers + steps + kept + 2*n*LENGTH*(LEARN*80 + JUDGE*12)
     return (f"layers {layers[0]}-{layers[-1]}, {len(sites)} sites: about {needed_gb(model, len(sites)):.0f} GB and "
@@ -211,9 +233,11 @@ def of_same_sizes(store, found: dict, kind: str, seed: int) -> dict[str, Partiti
             for s, p in found.items()}
 
 
-def window_circuit(splits: dict, learn: Window, judge: Window, file: Path, seed: int) -> dict:
-    "Screen components, rank edges, and measure what the first of them bring back, for every way to cut."
+def window_circuit(splits: dict, learn: Window, judge: Window, file: Path, seed: int, asked: dict) -> dict:
+    """Screen components, rank edges, and measure what the first of them bring back, for every way to cut; on the text,
+    or on the prompts of a behaviour."""
     if file.exists(): return read_json(file, "window circuit")
+    if asked: learn, judge = (Window(learn.w, learn.layers, asked_once(asked[k]), rows=16) for k in ("rank", "judge"))
     done = Progress(file.with_name("progress.json"))
     alone = done("components", lambda: {k: dict(kl=v.mean(), error=v.error())
                                         for k, v in lone_ablations(splits["found"], learn).items()})
@@ -228,9 +252,20 @@ def window_circuit(splits: dict, learn: Window, judge: Window, file: Path, seed:
     found = dict(components=alone, alive=alive, none=none, goal=KEPT, candidates={k: len(v) for k, v in edges.items()},
                  curves=curves, needed=needed, loss=loss, edges=edges["found"][:needed["found"]["n"]][:2000],
                  tokens=dict(ranked=int(learn.batch.scored.sum()), judged=int(judge.batch.scored.sum())))
+    if asked: found["behaviour"] = behaviours(splits, judge, asked["judge"], edges, needed)
     write_json(file, rounded(found, 8), "window circuit")
     done.file.unlink()
     return read_json(file, "window circuit")
+
+
+def behaviours(splits: dict, judge: Window, pairs, edges: dict, needed: dict) -> dict:
+    "What is left of a behaviour with the whole window, with none of it and with each circuit, for each mode."
+    def kept(split, ranked, mode):
+        return judge_behaviour(judge, kept_window(judge, KeepOnly(split, ranked, mode)), pairs)
+    modes = {o: {"none": kept(splits["whole sites"], [], o)} for o in MODES}
+    for o, found in modes.items():
+        for k, split in splits.items(): found[k] = kept(split, edges[k][:needed[k]["n"]], o)
+    return dict(whole=judge_behaviour(judge, whole_window(judge), pairs), **modes)
 
 
 class Progress:
@@ -256,6 +291,17 @@ def whole_loss(judge: Window) -> dict:
     "Loss and share of right tokens of the whole model."
     found = judge_window(judge, whole_window(judge))
     return dict(loss=found.mean("loss"), right=found.mean("right"))
+
+
+def write_sink(out: Path, judge: Window, splits: dict, seed: int) -> dict:
+    "Which component of the window makes rows of another order, and of which subspace it does; empty if none."
+    file = out/"sink.json"
+    if file.exists(): return read_json(file, "sink")
+    found = find_sink(judge)
+    ours, pca = (splits[k].partitions for k in ("found", "pca"))
+    made = sink_table(judge, found, ours[found.read], seed, rivals={"PCA": pca[found.read]}) if found else {}
+    write_json(file, rounded(made), "sink")
+    return read_json(file, "sink")
 
 
 def write_cards(out: Path, store, tokenizer, split, sites: list, window: Window, seed: int) -> dict:

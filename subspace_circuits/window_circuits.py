@@ -6,7 +6,7 @@
 __all__ = ['HELD', 'SCREEN', 'PATH', 'SHARES', 'NextTokens', 'Window', 'Judged', 'judge_window', 'whole_window', 'kept_window',
            'whole_sites', 'components_of', 'lone_ablations', 'survivors', 'edge_tables', 'listed_edges',
            'drawn_answers', 'window_effects', 'read_gradients', 'reader_partition', 'kept_first', 'edge_point',
-           'edge_curve', 'edges_needed']
+           'edge_curve', 'edges_needed', 'asked_once', 'judge_behaviour']
 
 # %% ../nbs/03f_window_circuits.ipynb #imports
 import math
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .edges import PartitionedModel, identity
+from .evaluation import Pairs
 from .forward import Weights
 from .keep_only import KeepOnly, empty_masks, masks_of
 from .partition import Partition
@@ -397,3 +398,27 @@ def edges_needed(
         if found["recovered"] >= goal: best = found
         else: low = n
     return best
+
+# %% ../nbs/03f_window_circuits.ipynb #behaviour
+def asked_once(pairs:Pairs)->Batch: # Prompts, from `behaviour_pairs`
+    "Ask each prompt for its answer alone."
+    row, batch = torch.arange(len(pairs)), pairs.base
+    scored, answers = torch.zeros_like(batch.real), torch.full_like(batch.tokens, -1)
+    scored[row, pairs.read], answers[row, pairs.read] = True, pairs.answer
+    return batch._replace(scored=scored, answers=answers)
+
+@torch.no_grad()
+def judge_behaviour(
+    window:Window, run, pairs:Pairs, # Of `asked_once(pairs)`; what runs in the window
+)->dict[str, float]: # `right`, share of prompts, and its `error`; `margin`, nats, and `kl` of the answers
+    """Ask whether the right answer beats the other, or the answers that are valid all others together: `margin` is the
+    difference of their log-probabilities."""
+    logp, want = (torch.cat(o) for o in zip(*[o[:2] for o in window.behind(run)]))
+    if pairs.valid is None: margin = logp.gather(1, pairs.answer[:, None]) - logp.gather(1, pairs.other[:, None])
+    else:
+        valid = F.pad(pairs.valid, (0, logp.shape[1] - pairs.valid.shape[1]))
+        margin = (logp.masked_fill(~o, -torch.inf).logsumexp(1) for o in (valid, ~valid))
+        margin = (next(margin) - next(margin))[:, None]
+    right = (margin > 0).float().mean().item()
+    kl = F.kl_div(logp, want, log_target=True, reduction="none").sum(-1).mean().item()
+    return dict(right=right, error=math.sqrt(right*(1 - right)/len(pairs)), margin=margin.mean().item(), kl=kl)

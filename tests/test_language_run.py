@@ -7,6 +7,7 @@ import torch
 from commands import call, refused
 
 from subspace_circuits.language_run import LENGTH, is_language_model, shipped_text, window_layers
+from subspace_circuits.models import open_model
 from subspace_circuits.suites import save_small_gpt2
 
 
@@ -36,11 +37,38 @@ def test_run_and_reuse(tmp_path, model):
     assert "holds a run with layers [1, 2], not [1, 1]" in refused("run", model, "--layers", "1", "--out", run)
 
 
+def test_run_on_a_behaviour(tmp_path, model):
+    "What a random model prefers is its behaviour: with all edges it is left, with none it is not."
+    net, tokenizer = open_model(model)
+    people, lines = ("John", "Mary", "Tom", "James"), []
+    for a in people:
+        for b in people:
+            for c in people[:3] if a != b else ():
+                prompt = f"Then {a} and {b} went to the park and {c}"
+                ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(prompt)]])
+                logits = dict(zip(people, net(ids)[0, -1, [tokenizer.encode(f" {o}")[-1] for o in people]].tolist()))
+                lines.append(dict(prompt=prompt, answer=max(logits, key=logits.get),
+                                  wrong=min(logits, key=logits.get),
+                                  counterfactual=prompt.replace(f"{a} and {b}", f"{b} and {a}")))
+    (tmp_path/"mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, said = call("run", model, "--layers", "1-2", "--task", tmp_path/"mine.jsonl", "--out", tmp_path/"run")
+    assert code == 0, said
+    assert "whole model: 100.0% right" in out and "resample elsewhere: none " in out
+    circuit = json.loads((tmp_path/"run"/"circuit.json").read_text())
+    assert circuit["tokens"] == {"ranked": 18, "judged": 18}
+    found = circuit["behaviour"]
+    assert found["whole"]["kl"] < 1e-6 < found["mean"]["found"]["kl"] < found["mean"]["none"]["kl"]
+    assert set(found["zero"]) == {"none", "found", "pca", "random", "whole sites"}
+    assert "On prompts of mine.jsonl the right answer wins in 100.0%" in (tmp_path/"run"/"report.html").read_text()
+
+
 @pytest.mark.parametrize("options, why", [
     (("--layers", "1-3"), "this model has layers 0 to 2"), (("--layers", "2-1"), "the first one first"),
     (("--layers", "middle"), "write the first and the last, as 10-12"),
     (("--layers", "1", "--method", "ica"), "unknown method 'ica': use one of ndm, readers"),
-    (("--layers", "1", "--task", "ioi"), "leave --task out"), (("--data", "none.txt"), "no text in none.txt")])
+    (("--layers", "1", "--task", "ioi"), "does not do test1"),
+    (("--data", "none.txt", "--task", "ioi"), "needs the layers to look at"),
+    (("--data", "none.txt"), "no text in none.txt")])
 def test_bad_input_is_one_line(tmp_path, model, options, why):
     assert why in refused("run", model, *options, "--out", tmp_path/"run")
     assert not (tmp_path/"run").exists()

@@ -7,6 +7,7 @@ from test_families import READ, Words, random_partitions, saved
 from subspace_circuits.edges import Moments, PartitionedModel
 from subspace_circuits.keep_only import KeepOnly, empty_masks, masks_of
 from subspace_circuits.models import open_model
+from subspace_circuits.sinks import Sink, find_sink, looked_at, swap
 from subspace_circuits.window_circuits import (
     Window, edge_tables, judge_window, kept_window, listed_edges, window_effects)
 
@@ -39,6 +40,22 @@ def test_all_edges_of_a_window_are_the_model(tmp_path, name, layers):
     edges = window_effects({"found": split}, window, torch.Generator().manual_seed(0), components)["found"]
     every = judge_window(window, kept_window(window, KeepOnly(split, edges, "mean")))
     assert every.mean() < 1e-6 # no edge is left out of the list
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exchanges_run_the_model(tmp_path, name):
+    "Nothing exchanged is the model, whichever half is asked; all exchanged, an MLP writes what it writes elsewhere."
+    model, split, window = opened(tmp_path, name, range(0, 1))
+    w, d, rows = split.weights, model.cfg.d_model, torch.zeros(window.batch.tokens.shape, dtype=torch.bool)
+    rows[:, 1] = True
+    assert find_sink(window) is None # random weights make none
+    for half in range(2 - (w.parallel or not w.mlps)):
+        sink = Sink(half, w.site(half), rows, 1., 1., 1., 1.)
+        nothing, everything = (swap(window, sink, U, torch.Generator()) for U in (torch.zeros(d, 1), torch.eye(d)))
+        assert nothing.cost.mean() < 1e-6 < everything.cost.mean()
+        if half: assert abs(everything.without - nothing.alone) < 1e-4*nothing.alone
+        share = looked_at(window, sink, torch.Generator())
+        assert len(share) == model.cfg.n_layers - 1 and 0 < share.min() and share.max() < 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
