@@ -63,7 +63,9 @@ def test_sites_of_a_store_are_trained_in_one_run(tmp_path, store):
         sae, o = load_sae(tmp_path/"run"/f"site-{i}"), metrics["sites"][site]
         assert sae.site == site and sae.model == store.info["capture"]["weights"]
         assert o["loss"].keys() == {"original", "reconstructed", "zero", "mean", "recovered"} and o["fve"] > .3
-    assert "<h1>Sparse autoencoders</h1>" in (tmp_path/"run/report.html").read_text()
+    page = (tmp_path/"run/report.html").read_text()
+    assert "<h1>Sparse autoencoders</h1>" in page and "src=\"http" not in page
+    assert all(f"<h2>{o}</h2>" in page for o in (*sites, "What the measures are", "Settings"))
     with pytest.raises(ValueError, match="do not belong to blocks.0.hook_resid_post"):
         load_sae(tmp_path/"run/site-0").encode(store[sites[1]])
 

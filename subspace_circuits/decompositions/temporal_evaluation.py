@@ -225,11 +225,14 @@ def evaluate_sae(
 def loss_recovered(
     model:nn.Module, sae:SAE, tokens:Int[Tensor, "batch pos"],
     skip:int=0, # First positions that stay as they are, as in training
-    real:Bool[Tensor, "batch pos"]|None=None, # Which tokens count; all if not given
-)->dict[str, float]: # Nats a token; `recovered`: 1 as the model, 0 as with a zero in the place of the site
+    real:Bool[Tensor, "batch pos"]|None=None, # Which tokens are no padding; all if not given
+    scored:Bool[Tensor, "batch pos"]|None=None, # From where predictions count; from all if not given
+)->dict[str, float|None]: # Nats a token; `recovered`: 1 as the model, 0 as with a zero in the place of the site
     "Put reconstructions in the place of a site and read what the model's loss becomes; beside it zero and the mean."
     check_fits(sae, model.cfg.d_model)
-    seen, counts = {}, (torch.ones_like(tokens) if real is None else real)[:, skip + 1:].bool()
+    seen, whole = {}, torch.ones_like(tokens).bool()
+    counts = (whole if real is None else real)[:, skip + 1:] & (whole if scored is None else scored)[:, skip:-1]
+    if not counts.any(): raise ValueError(f"no prediction behind the first {skip} tokens counts: pass longer sequences")
     def run(change=None):
         def hook(x, hook):
             seen.setdefault("h", x[:, skip:].detach().clone())
@@ -246,7 +249,7 @@ def loss_recovered(
     out["mean"] = run(lambda x: at.flatten(0, -2).mean(0).expand_as(x))
     gap = out["zero"] - out["original"]
     if not abs(gap) > 1e-9: raise ValueError(f"a zero at {sae.site} changes nothing: it is not read, name another site")
-    return out | dict(recovered=(out["zero"] - out["reconstructed"])/gap)
+    return out | dict(recovered=(out["zero"] - out["reconstructed"])/gap if gap > 0 else None)
 
 # %% ../../nbs/decompositions/temporal_evaluation.ipynb #probe-code
 def probe_codes(
