@@ -18,7 +18,7 @@ from torch import Tensor, uint8
 __all__ = ["check", "check_free", "check_output", "check_shape", "claim_folder", "comment", "damaged", "for_browser",
            "foreign", "kind_of", "left_over", "mark", "of_others", "one_writer", "owned", "parse_json",
            "raised_here", "read_json", "read_json_lines", "read_json_of_others", "read_tensors", "read_yaml", "reason",
-           "remove", "replacing", "reserve", "sha256", "walk", "write_json", "write_tensors", "write_text"]
+           "remove", "replacing", "reserve", "rounded", "sha256", "walk", "write_json", "write_tensors", "write_text"]
 
 PROGRAM = "subspace_circuits"
 END = re.compile(rb'(?:,?\n "written": "|<!-- )subspace_circuits: ([a-z ]+)(?:, sha256 ([0-9a-f]{64})"\n\}| -->)\n\Z')
@@ -233,6 +233,13 @@ def reserve(f, size: int):
 def write_text(file: str | Path, text: str, kind: str):
     "Write a page or a table whose format allows comments."
     with replacing(Path(file), kind) as part: part.write_text(f"{text.rstrip()}\n{comment(kind)}", encoding="utf-8")
+
+
+def rounded(o, digits: int = 6):
+    "The same JSON value with rounded numbers, keys as JSON has them."
+    if isinstance(o, dict): return {str(k): rounded(v, digits) for k, v in o.items()}
+    if isinstance(o, list | tuple): return [rounded(v, digits) for v in o]
+    return round(o, digits) if isinstance(o, float) else o
 
 
 def write_json(file: str | Path, value: dict, kind: str):

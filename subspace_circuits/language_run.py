@@ -10,7 +10,7 @@ from subspace_circuits import __version__
 from subspace_circuits.activations import STORE, capture, fingerprint
 from subspace_circuits.cards import make_cards
 from subspace_circuits.edges import Moments, PartitionedModel
-from subspace_circuits.files import one_writer, read_json, write_json
+from subspace_circuits.files import one_writer, read_json, rounded, write_json
 from subspace_circuits.forward import circuit_sites, parallel, read_site, write_site
 from subspace_circuits.keep_only import MODES, KeepOnly
 from subspace_circuits.language_report import write_language_report
@@ -19,7 +19,7 @@ from subspace_circuits.locate import behaviour_pairs, check_behaviour
 from subspace_circuits.models import folder_config, model_path, open_model
 from subspace_circuits.partition import PARTITION, Partition, massive_rows
 from subspace_circuits.pipeline import (
-    Clock, check_resumable, claim, folder_of, list_files, own_partition, peak_rss_mb, rounded)
+    Clock, check_resumable, claim, folder_of, list_files, own_partition, peak_rss_mb)
 from subspace_circuits.search import units
 from subspace_circuits.sinks import find_sink, sink_table
 from subspace_circuits.stability import baseline_partition

@@ -16,7 +16,8 @@ from subspace_circuits.dependence import determination, subspace_information
 from subspace_circuits.edges import Moments, PartitionedModel
 from subspace_circuits.explorer import readable
 from subspace_circuits.files import (
-    check, kind_of, left_over, one_writer, read_json, remove, sha256, walk, write_json)
+    check, kind_of, left_over, one_writer, read_json, remove, rounded, sha256, walk,
+    write_json)
 from subspace_circuits.forward import Weights, circuit_sites, parallel
 from subspace_circuits.growth import grow_partition, learn_partition
 from subspace_circuits.keep_only import KeepOnly, divergence
@@ -392,13 +393,6 @@ def shown_attention(model, task, seed: int) -> dict:
     return dict(tokens=[readable(getattr(task, "tokenizer", None), o) for o in batch.tokens[0].tolist()],
                 patterns=[dict(component=f"L{i}H{j}", pattern=rounded(patterns[i, j].tolist()))
                           for i in range(len(patterns)) for j in range(len(patterns[i]))])
-
-
-def rounded(o, digits: int = 6):
-    "The same JSON value with rounded numbers."
-    if isinstance(o, dict): return {k: rounded(v, digits) for k, v in o.items()}
-    if isinstance(o, list | tuple): return [rounded(v, digits) for v in o]
-    return round(o, digits) if isinstance(o, float) else o
 
 
 def peak_rss_mb() -> int:

@@ -1,9 +1,11 @@
 "Sparse autoencoders from settings, to the same bytes; inputs that are refused in one line; other programs' files."
 import importlib.util, json, logging, sys, types
 
+import numpy as np
 import pytest
 import torch
 from commands import refused
+from scipy import sparse
 
 from subspace_circuits.activations import capture
 from subspace_circuits.bench.temporal import planted_codes, smoothness_loop
@@ -61,7 +63,9 @@ def test_sites_of_a_store_are_trained_in_one_run(tmp_path, store):
         sae, o = load_sae(tmp_path/"run"/f"site-{i}"), metrics["sites"][site]
         assert sae.site == site and sae.model == store.info["capture"]["weights"]
         assert o["loss"].keys() == {"original", "reconstructed", "zero", "mean", "recovered"} and o["fve"] > .3
-    assert "<h1>Sparse autoencoders</h1>" in (tmp_path/"run/report.html").read_text()
+    page = (tmp_path/"run/report.html").read_text()
+    assert "<h1>Sparse autoencoders</h1>" in page and "src=\"http" not in page
+    assert all(f"<h2>{o}</h2>" in page for o in (*sites, "What the measures are", "Settings"))
     with pytest.raises(ValueError, match="do not belong to blocks.0.hook_resid_post"):
         load_sae(tmp_path/"run/site-0").encode(store[sites[1]])
 
@@ -137,13 +141,26 @@ def test_pairs_never_cross_a_document(store, mode):
         assert (earlier >= rows.first[now]).all()
 
 
-@pytest.mark.parametrize("length", [7, 50])
-def test_smoothness_is_that_of_the_loops(length):
-    f, x, document = planted_codes(3, length, 300)
-    found, dense = smoothness(f, x, document, (60, 240)), torch.from_numpy(f.toarray())
+LENGTHS = {"short": [7]*3, "long": [50]*3, "as a context": [128, 128], "uneven": [1, 2, 3, 9, 50, 1, 130, 17]}
+
+
+@pytest.mark.filterwarnings("ignore:var")
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("kind", ["sparse", "signed", "steady", "dense"])
+def test_smoothness_is_that_of_the_loops(kind, lengths):
+    f, x, _ = planted_codes(1, sum(lengths), 300)
+    z, g = f.toarray(), np.random.default_rng(1)
+    if kind == "signed": z *= g.normal(size=z.shape) # the loops leave out what sums to zero
+    if kind == "steady": z[:, :20] = 1 + .01*g.random((len(z), 20)) # on at every token
+    if kind == "dense": z = g.random(z.shape)
+    z, document = z.astype(np.float32), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    found, dense = smoothness(sparse.csr_matrix(z), x, document, (60, 240)), torch.from_numpy(z)
     each = [smoothness_loop(dense[a:b], x[a:b], (60, 240)) for a, b in contexts_of(document)]
     for k, o in found.items():
-        for m in each[0][k]: assert abs(o[m]*len(each)/sum(e[k][m] for e in each) - 1) < 1e-5, (k, m)
+        for m in each[0][k]:
+            theirs = np.array([e[k][m] for e in each])
+            theirs = theirs[np.isfinite(theirs)] # no latent is active, or one step only: no variance
+            assert o["contexts"] == len(each) and abs(o[m]/theirs.mean() - 1) < 1e-5, (k, m)
 
 
 # ## Files of other programs

@@ -1,6 +1,4 @@
 """Circles as a folder: settings, metrics, and a page with the figures; the same seed gives the same bytes."""
-import json
-from html import escape
 from pathlib import Path
 
 import torch
@@ -15,7 +13,8 @@ from subspace_circuits.decompositions.multidimensional import (
     KINDS, draw_sweep, fit_circle, intervene, patch_components, read_circle, sum_prompts,
     sweep_circle, word_accuracy, word_prompts)
 from subspace_circuits.decompositions.reducibility import PLANES, rank_clouds, subspace_reducibility
-from subspace_circuits.files import claim_folder, read_json, read_yaml, write_json, write_text
+from subspace_circuits.decompositions.run_page import figure_part, run_page, table_part, value_rows
+from subspace_circuits.files import claim_folder, read_json, read_yaml, rounded, write_json, write_text
 from subspace_circuits.models import open_model
 from subspace_circuits.partition import Partition
 from subspace_circuits.tasks import Sum
@@ -33,6 +32,7 @@ JOBS = dict(
     subspaces=dict(store=None, partitions=None, rows=20_000, bins=16, draws=9))
 REQUIRED = dict(circle=["model"], clusters=["dictionary", "store"], subspaces=["store", "partitions"])
 SHIFTS, TESTED = 6, 1500 # Most distances that a variable is moved, and most prompts, where there are more
+DIGITS = 4 # Of the numbers in metrics
 
 
 def read_multidim(config: str | Path, seed: int | None = None) -> dict:
@@ -87,13 +87,6 @@ def multidim_lines(metrics: dict) -> list[str]:
     return lines
 
 
-def _rounded(o):
-    "Numbers to four digits, so that a file can be read."
-    if isinstance(o, dict): return {str(k): _rounded(v) for k, v in o.items()}
-    if isinstance(o, list | tuple): return [_rounded(v) for v in o]
-    return round(o, 4) if isinstance(o, float) else o
-
-
 # ## A circle
 
 def _modular(settings):
@@ -116,7 +109,7 @@ def _circle(settings):
         prompts, words = word_prompts(tokenizer, settings["words"], pieces=True)
         metrics = dict(accuracy=word_accuracy(model, prompts, words))
         if any(len(o) > 1 for o in words):
-            return _rounded(metrics | dict(note="words are split by this tokenizer: no circle is fitted")), []
+            return rounded(metrics | dict(note="words are split by this tokenizer: no circle is fitted"), DIGITS), []
     else:
         model, prompts = _modular(settings)
         _, right = without_circles(model, prompts, [])
@@ -139,7 +132,7 @@ def _circle(settings):
                         draw_sweep(sweep_circle(model, circle, test.take([0])), prompts.names)]
     metrics["components"] = patch_components(model, test)
     if not settings["words"]: metrics |= _frequencies(model, prompts)
-    return _rounded(metrics), figures
+    return rounded(metrics, DIGITS), figures
 
 
 def _frequencies(model, prompts):
@@ -201,7 +194,7 @@ def _clusters(settings):
                    ranked=[dict(cluster=i, score=s, S=found[i].S, M=found[i].M, rows=found[i].rows,
                                 features=clusters[i][:50]) for i, s in ranked],
                    published_order=[i for i, _ in rank_clouds(found, planes_plus=1)])
-    return _rounded(metrics), figures
+    return rounded(metrics, DIGITS), figures
 
 
 def _hover(settings, store, rows):
@@ -228,38 +221,13 @@ def _subspaces(settings):
                                                limits=PLANES._replace(bins=settings["bins"]))
         metrics[partition.site] = dict(ranked=[dict(subspace=k, score=s, S=found[k].S, M=found[k].M, p=found[k].p)
                                                for k, s in rank_clouds(found)], not_measured=without)
-    return _rounded(dict(sites=metrics)), []
+    return rounded(dict(sites=metrics), DIGITS), []
 
 
 # ## The page
 
-def _rows_of(o, name=""):
-    "A value as table rows: its path and what it is."
-    if isinstance(o, dict):
-        for k, v in o.items(): yield from _rows_of(v, f"{name}, {k}" if name else str(k))
-    elif isinstance(o, list) and o and isinstance(o[0], dict):
-        for v in o[:20]: yield from _rows_of({k: x for k, x in v.items() if k not in ("cluster", "subspace",
-                                                                                      "frequency")},
-                                             f"{name} {next(iter(v.values()))}")
-    else: yield name, json.dumps(o)
-
-
-STYLE = """body{font:15px sans-serif;max-width:960px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
-td{border-bottom:1px solid #ddd;padding:.2em 1em .2em 0;vertical-align:top}"""
-
-
-def _table(o):
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in _rows_of(o))
-    return f"<table>{rows}</table>"
-
-
 def _page(settings, metrics, figures):
-    "One page that needs no network."
-    from plotly.offline import get_plotlyjs
-    title = f"Circles: {escape(settings['job'])}"
-    drawn = "".join(o.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure{i}")
-                    for i, o in enumerate(figures))
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    script = f"<script>{get_plotlyjs()}</script>" if figures else ""
-    return (f'<!doctype html><html lang="en">{head}{script}<h1>{title}</h1>{drawn}<h2>Results</h2>{_table(metrics)}'
-            f"<h2>Settings</h2>{_table(settings)}</html>")
+    "Figures, results and settings."
+    drawn = "".join(figure_part(o, f"figure{i}") for i, o in enumerate(figures))
+    return run_page(f"Circles: {settings['job']}", f"{drawn}<h2>Results</h2>{table_part(value_rows(metrics))}"
+                    f"<h2>Settings</h2>{table_part(value_rows(settings))}")

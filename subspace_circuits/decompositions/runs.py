@@ -1,7 +1,6 @@
 """A decomposition as a folder: settings, targets, a checkpoint with all that the next step depends on, losses as JSON
 lines, and at the end metrics and a page. The same command goes on where it stopped, to the same bytes."""
 import json
-from html import escape
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from subspace_circuits.decompositions.parameter_metrics import (
     alive, feature_scores, fresh_adversary, kinds_of, network_figure, one_hot, per_feature, use_of)
 from subspace_circuits.decompositions.parameter_training import Trainer, make_target, read_settings
+from subspace_circuits.decompositions.run_page import figure_part, run_page, table_part
 from subspace_circuits.files import (
     claim_folder, mark, read_json, read_tensors, replacing, write_json, write_tensors, write_text)
 
@@ -108,7 +108,6 @@ def _metrics(trainer: Trainer) -> dict:
 def _page(trainer: Trainer, metrics: dict, lines: list) -> str:
     "A self-contained page: losses, measures and, of autoencoders, the components that matter most, as networks."
     import plotly.graph_objects as go
-    from plotly.offline import get_plotlyjs
     names = [k for k in lines[-1] if k != "step"] if lines else []
     curves = go.Figure([go.Scatter(name=k, x=[o["step"] for o in lines], y=[sum(o[k])/len(o[k]) for o in lines])
                         for k in names]).update_layout(template="plotly_white", yaxis_type="log", xaxis_title="step",
@@ -124,10 +123,6 @@ def _page(trainer: Trainer, metrics: dict, lines: list) -> str:
         figures.append(("adversary", go.Figure(go.Scatter(x=[int(k) for k in worst], y=list(worst.values())))
                         .update_layout(template="plotly_white", xaxis_title="steps of a fresh adversary",
                                        xaxis_type="log", yaxis_title="worst loss", height=300)))
-    html = "".join(o.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{k}") for k, o in figures)
-    rows = "".join(f"<tr><td>{escape(k)}</td><td><code>{escape(json.dumps(v))}</code></td></tr>" for k, v in
-                   [*metrics.items(), *trainer.o.items()])
-    return (f'<!doctype html><meta charset="utf-8"><title>{trainer.o["method"]}</title>'
-            "<style>body{font-family:system-ui,sans-serif;max-width:70em;margin:2em auto}td{padding:.2em 1em .2em 0;"
-            f"vertical-align:top}}code{{word-break:break-word}}</style><script>{get_plotlyjs()}</script>"
-            f"<h1>{trainer.o['method'].upper()}: parameters in components</h1>{html}<table>{rows}</table>")
+    html = "".join(figure_part(o, f"figure-{k}") for k, o in figures)
+    rows = [(k, json.dumps(v)) for k, v in [*metrics.items(), *trainer.o.items()]]
+    return run_page(f"{trainer.o['method'].upper()}: parameters in components", html + table_part(rows))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from subspace_circuits.activations import ActivationStore, check_model
+from subspace_circuits.decompositions.run_page import figure_part, run_page, table_part, value_rows
 from subspace_circuits.decompositions.temporal_evaluation import evaluate_sae, loss_recovered
 from subspace_circuits.decompositions.temporal_files import save_sae
 from subspace_circuits.decompositions.temporal_losses import TokenSequences, token_sequences, stored_rows
@@ -14,7 +15,7 @@ from subspace_circuits.decompositions.saes import SAE, planted_sequences, start_
 from subspace_circuits.decompositions.temporal_training import (
     OPTIONS, SAETrainer, check_options, finish_sae, preset_settings)
 from subspace_circuits.files import (
-    claim_folder, mark, read_json, read_tensors, replacing, write_json, write_tensors, write_text)
+    claim_folder, mark, read_json, read_tensors, replacing, rounded, write_json, write_tensors, write_text)
 from subspace_circuits.models import open_model
 
 __all__ = ["TEMPORAL_LAYOUT", "decompose_temporal", "read_temporal", "temporal_lines"]
@@ -102,8 +103,8 @@ def _decompose(out: Path, settings: dict, until: int | None) -> dict:
         sae = finish_sae(trainer)
         if not (folder/"sae.json").exists(): save_sae(sae, folder)
         metrics[site] = _measure(sae, test, key, settings) | (
-            dict(loss=loss_recovered(model, sae, text[0], settings["skip"], text[1])) if model is not None else {})
-    metrics = _rounded(dict(sites=metrics))
+            dict(loss=loss_recovered(model, sae, text[0], settings["skip"], *text[1:])) if model is not None else {})
+    metrics = rounded(dict(sites=metrics), 5)
     write_text(out/"report.html", _page(settings, metrics, curves), TEMPORAL_LAYOUT["report.html"])
     write_json(out/"metrics.json", metrics, TEMPORAL_LAYOUT["metrics.json"])
     return metrics
@@ -111,7 +112,7 @@ def _decompose(out: Path, settings: dict, until: int | None) -> dict:
 
 def _model(settings):
     "The model and the last of the store's own sequences, which are held out, if the loss is asked for."
-    if not settings["model"]: return None, None, None
+    if not settings["model"]: return [None]
     if not settings["store"]: raise ValueError("planted sequences have no model: leave model out")
     model, _ = open_model(settings["model"], **settings["open"])
     store = ActivationStore(settings["store"])
@@ -120,8 +121,11 @@ def _model(settings):
     if not store.has("sequence tokens"): raise ValueError(f"{store.folder} keeps no sequences: capture again")
     n = len(store.of_shard(last, "sequence tokens"))*len(store.info["shards"])
     some = min(16, max(1, int(HELD_OUT*n)))
-    tokens, real = (store.of_shard(last, f"sequence {k}")[-some:] for k in ("tokens", "real"))
-    return model, tokens.long(), real.bool()
+    tokens, real = (store.of_shard(last, f"sequence {k}") for k in ("tokens", "real"))
+    real, scored = real.bool(), None
+    if store.has("scored") and (asked := store.of_shard(last, "scored").bool()).any():
+        scored = torch.zeros_like(real).masked_scatter(real, asked)[-some:]
+    return model, tokens[-some:].long(), real[-some:], scored
 
 
 def _train(trainer: SAETrainer, folder: Path, until: int | None) -> list[dict]:
@@ -165,11 +169,6 @@ def planted_scores(sae: SAE, key) -> dict[str, float]:
     return out
 
 
-def _rounded(o):
-    if isinstance(o, dict): return {str(k): _rounded(v) for k, v in o.items()}
-    return round(o, 5) if isinstance(o, float) else o
-
-
 def temporal_lines(metrics: dict) -> list[str]:
     "What was found, in lines."
     if "step" in metrics: return [f"stopped at step {metrics['step']}: the same command goes on"]
@@ -182,46 +181,74 @@ def temporal_lines(metrics: dict) -> list[str]:
         lines.append(f"{site}: variation from token to token, in shares of activity: {rough}")
         if "planted" in o:
             lines.append(f"{site}: " + ", ".join(f"{k} {v:.2f}" for k, v in o["planted"].items() if k != "untrained"))
-        if "loss" in o: lines.append(f"{site}: loss recovered {o['loss']['recovered']:.3f}")
+        if "loss" in o: lines.append(f"{site}: {_recovered(o['loss'])}")
     return lines
+
+
+def _recovered(loss):
+    if loss["recovered"] is not None: return f"loss recovered {loss['recovered']:.3f}"
+    return f"no loss to recover: {loss['original']:.2f} nats a token as it is, {loss['zero']:.2f} with a zero there"
 
 
 # ## The page
 
-def _table(o, name=""):
-    "A value as table rows: its path and what it is."
-    if isinstance(o, dict):
-        for k, v in o.items(): yield from _table(v, f"{name}, {k}" if name else str(k))
-    else: yield name, json.dumps(o)
+MEANING = dict(
+    fve="share of the variance of activations that is rebuilt", cosine="of an activation and what is rebuilt",
+    l2_ratio="length of what is rebuilt, of the activation's", l0="latents active at a token, mean",
+    alive="share of latents that are ever active",
+    tv_share="changes from token to token over activity: 0 if codes stay, 2 if none lasts for two tokens",
+    lipschitz_free="largest change, in means of the latent, over the step of the activation, in mean steps",
+    spectral="power in the upper half of the frequencies over that in the lower half",
+    haar="energy of the details of three Haar levels over what is left",
+    multiscale="variance of steps of one token over that of steps of eight",
+    recovered="1 if the model loses nothing by it, 0 if as much as by a zero at the site")
+SMOOTH = "tv_share", "lipschitz_free", "spectral", "haar", "multiscale"
+INTRO = """An autoencoder of each site, measured on documents that it was not trained on, beside an untrained one of the
+same shape. Group 0 is the high split, which a temporal loss makes alike for two tokens of a document. Smoothness is
+told twice: of codes as they stand, and of the same codes with the tokens of each document in random order, which is
+what they are if time says nothing. metrics.json has all measures, among them those that cannot be compared between
+dictionaries."""
 
 
-STYLE = """body{font:15px sans-serif;max-width:960px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
-td{border-bottom:1px solid #ddd;padding:.2em 1em .2em 0;vertical-align:top;word-break:break-word}"""
+def _told(x): return "-" if x is None else f"{x:.4g}"
 
 
-def _figures(metrics, curves):
-    "Losses of every site, and how rough codes are beside the same codes in random order."
+def _tables(o):
+    "Tables of a site: reconstruction, smoothness by group, the planted latents and a model's loss if there are any."
+    own = o["untrained"]
+    parts = [(k, o[k], own[k]) for k in ("fve", "cosine", "l2_ratio", "l0", "alive")]
+    parts += [(f"fve, {k} alone", v, own["fve_alone"][k]) for k, v in o["fve_alone"].items()]
+    yield table_part([(k, _told(x), _told(y)) for k, x, y in parts], ("", "trained", "untrained"))
+    three = o["smoothness"], o["shuffled"], own["smoothness"]
+    rows = [(f"{m}, {g}", *(_told(part[g].get(m)) for part in three)) for m in SMOOTH for g in o["smoothness"]]
+    yield table_part(rows, ("less is smoother", "as they stand", "shuffled", "untrained"))
+    if "planted" in o:
+        rows = [(k, _told(v), _told(o["planted"]["untrained"][k])) for k, v in o["planted"].items() if k != "untrained"]
+        yield table_part(rows, ("planted latents matched, cosine .95", "trained", "untrained"))
+    if "loss" in o:
+        yield table_part([(k, _told(v)) for k, v in o["loss"].items()], ("the model's loss, nats a token", ""))
+
+
+def _figures(o, lines):
+    "Losses of a site, and how rough codes are beside the same codes in random order."
     import plotly.graph_objects as go
-    small = dict(template="plotly_white", width=860, height=330, margin=dict(l=60, r=10, t=40, b=50))
-    for site, lines in curves.items():
-        names = [k for k in lines[-1] if k not in ("step", "missing")] if lines else []
-        fig = go.Figure([go.Scatter(name=k, x=[o["step"] for o in lines], y=[o[k] for o in lines]) for k in names])
-        yield fig.update_layout(title=f"{site}: losses", yaxis_type="log", xaxis_title="step", **small)
-        o = metrics["sites"][site]
-        parts = [k for k, v in o["smoothness"].items() if "tv_share" in v]
-        fig = go.Figure([go.Bar(name=name, x=parts, y=[o[key][k]["tv_share"] for k in parts])
-                         for name, key in (("as they stand", "smoothness"), ("tokens shuffled", "shuffled"))])
-        yield fig.update_layout(title=f"{site}: variation from token to token, in shares of activity", **small)
+    small = dict(template="plotly_white", height=340, margin=dict(l=50, r=10, t=20, b=90),
+                 legend=dict(orientation="h", y=-.25, yanchor="top"))
+    names = [k for k in lines[-1] if k not in ("step", "missing")] if lines else []
+    fig = go.Figure([go.Scatter(name=k, x=[o["step"] for o in lines], y=[o[k] for o in lines]) for k in names])
+    yield fig.update_layout(xaxis_title="step", yaxis_title="loss", **small).update_yaxes(type="log", dtick=1)
+    parts = [k for k, v in o["smoothness"].items() if "tv_share" in v]
+    fig = go.Figure([go.Bar(name=name, x=parts, y=[o[key][k]["tv_share"] for k in parts])
+                     for name, key in (("as they stand", "smoothness"), ("tokens shuffled", "shuffled"))])
+    yield fig.update_layout(yaxis_title="changes over activity", **small)
 
 
 def _page(settings, metrics, curves):
-    "One page that needs no network."
-    from plotly.offline import get_plotlyjs
-    drawn = "".join(o.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure{i}")
-                    for i, o in enumerate(_figures(metrics, curves)))
-    said = "".join(f"<p>{escape(o)}</p>" for o in temporal_lines(metrics))
-    rows = ["".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in _table(o))
-            for o in (metrics["sites"], settings)]
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Sparse autoencoders</title>'
-            f"<style>{STYLE}</style><script>{get_plotlyjs()}</script><h1>Sparse autoencoders</h1>{said}{drawn}"
-            f"<h2>Measures</h2><table>{rows[0]}</table><h2>Settings</h2><table>{rows[1]}</table></html>")
+    "What was found, site by site, and the settings."
+    body = f"<p>{INTRO}</p>" + "".join(f"<p>{escape(o)}</p>" for o in temporal_lines(metrics))
+    for i, (site, lines) in enumerate(curves.items()):
+        o = metrics["sites"][site]
+        drawn = [figure_part(fig, f"figure{i}-{j}") for j, fig in enumerate(_figures(o, lines))]
+        body += f"<h2>{escape(site)}</h2>{''.join([*drawn, *_tables(o)])}"
+    return run_page("Sparse autoencoders", f"{body}<h2>What the measures are</h2>{table_part(MEANING.items())}"
+                    f"<h2>Settings</h2>{table_part(value_rows(settings))}")
