@@ -88,11 +88,18 @@ def trim(
     return [o for o in edges if identity(o) in kept]
 
 # %% ../nbs/03_circuits.ipynb #prune
+def _cancelling(judge, keep, edges, price):
+    "Two edges of a component with an end in common that nothing misses once both are gone, the smallest first."
+    for one, two in combinations(sorted(edges, key=budget_cost), 2):
+        same = all(one[k] == two[k] for k in ("component", "type")) and any(one[k] == two[k] for k in "ab")
+        if same and judge(keep.without([one, two])) < price: return [one, two]
+    return []
+
 def prune(
     judge:Judge, keep:KeepOnly, edges:list[dict], # A keep-only model and its edges
     price:float=.1, # Nats that right answers may lose, as a `Judge` counts it
 )->tuple[KeepOnly, list[dict], list[list[dict]]]: # What is left; what was dropped in each pass
-    "Drop edges until every one is needed, those first that are small and that nothing misses when they alone are gone."
+    "Drop edges until every one is needed: first small ones that nothing misses alone, then two that cancel."
     passes, gone = [], True
     while gone:
         alone, gone, size = {identity(o): lost for o, lost in zip(edges, judge.singles(keep, edges))}, [], 1
@@ -103,6 +110,7 @@ def prune(
             if fits: keep, gone = less, gone + left[:size]
             if fits or size == 1: left = left[size:]
             size = 2*size if fits else max(1, size//2)
+        if not gone and (gone := _cancelling(judge, keep, edges, price)): keep = keep.without(gone)
         edges = [o for o in edges if o not in gone]
         if gone: passes.append(gone)
     return keep, edges, passes

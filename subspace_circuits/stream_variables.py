@@ -191,8 +191,11 @@ def traffic(
 def writer_parts(t:Traffic, settings:StreamSettings=STREAM)->list[Float[Tensor, "d_model _"]]:
     "Cut the stream by what each living component writes."
     spans = {k: live_span(C) for k, C in t.wrote.items()}
-    u, s, _ = torch.linalg.svd(torch.cat(list(spans.values()), 1), full_matrices=False)
-    parts = [u[:, s > settings.outside]]
+    whole = next(iter(spans.values()))
+    for span in spans.values():
+        u, s, _ = torch.linalg.svd(span - whole@(whole.T@span), full_matrices=False)
+        whole = torch.cat([whole, u[:, s > settings.outside]], 1)
+    parts = [whole]
     for name, span in spans.items():
         if name not in t.dead: parts = divide(parts, span, settings)
     return parts
